@@ -1,0 +1,88 @@
+# `make help` lists what there is to run. Nothing is needed beforehand but Python 3.11 or newer with
+# pip, and GNU make: each target makes the environment it runs in, below .venv, on first use.
+
+PYTHON ?= python3
+# Further options of the program that a target runs: make demo ARGS="--duration 5"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two editable installs at once would write the same metadata.
+.NOTPARALLEL:
+.PHONY: help demo test check lint types imports bench docs pins clean
+
+# Such as 3.14.6 or, free-threaded, 3.14.6t; "old 3.10.1"; empty if $(PYTHON) does not run.
+VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; \
+	print("old " * (v < (3, 11)) + "%d.%d.%d" % v[:3] + getattr(sys, "abiflags", ""))' 2>/dev/null)
+KEY := $(subst old ,old-,$(or $(VERSION),none))
+
+unusable = $(if $(VERSION),$(if $(filter old,$(VERSION)),$(error \
+	ShardedFlight needs Python 3.11 or newer, but $(PYTHON) is $(lastword $(VERSION)): \
+	set PYTHON to another one)),$(error \
+	$(PYTHON) does not run: set PYTHON to a Python 3.11 or newer))
+
+# One environment for each purpose and interpreter, remade when the pins or the project change.
+env = .venv/$1-$(KEY)
+run = $(call env,$1)/bin/python -m
+
+.venv/%-$(KEY)/made: requirements/%.txt requirements/build.txt pyproject.toml
+	$(unusable)@echo "Making $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check \
+		-r requirements/build.txt -r requirements/$*.txt
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet \
+		--no-build-isolation --no-deps --editable .
+	@touch $@
+
+help:
+	@echo "make demo    a stampede on a real HTTP server, with and without a flight (ARGS=--help)"
+	@echo "make test    the tests (ARGS=\"-k forget\")"
+	@echo "make check   lint, formatting, types and import layering"
+	@echo "make bench   one table of measured ratios (ARGS=--help)"
+	@echo "make docs    the documents' links and code blocks"
+	@echo "make pins    resolve requirements/*.txt anew from pyproject.toml"
+	@echo "make clean   remove everything that these made"
+	@echo "Add PYTHON=python3.14t to use another interpreter than python3."
+
+demo bench: %: .venv/%-$(KEY)/made
+	@$(call run,$@) shardedflight $@ $(ARGS)
+
+test: .venv/test-$(KEY)/made
+	@$(call run,test) pytest $(ARGS)
+
+docs: .venv/test-$(KEY)/made
+	@$(call run,test) pytest tests/test_readme.py $(ARGS)
+
+check: lint types imports
+
+lint: .venv/check-$(KEY)/made
+	@echo "ruff check"; $(call run,check) ruff check
+	@echo "ruff format"; $(call run,check) ruff format --check
+
+types: .venv/check-$(KEY)/made
+	@echo "mypy"; $(call run,check) mypy
+	@echo "pyright"; $(call run,check) pyright --pythonpath $(call env,check)/bin/python
+
+imports: .venv/check-$(KEY)/made
+	@echo "import-linter"; $(call env,check)/bin/lint-imports
+
+# Pins that still fit are kept: ARGS=--upgrade chooses all anew.
+resolve = $(call run,pins) uv pip compile --quiet --universal --fork-strategy fewest \
+	--python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command 'make pins'
+all := --extra check --extra test --extra demo --extra bench
+
+pins: .venv/pins-$(KEY)/made
+	@$(resolve) $(ARGS) $(all) pyproject.toml -o requirements/check.txt
+	@$(resolve) --extra test --extra demo --extra bench -c requirements/check.txt pyproject.toml \
+		-o requirements/test.txt
+	@$(resolve) --extra demo -c requirements/check.txt pyproject.toml -o requirements/demo.txt
+	@$(resolve) --extra bench -c requirements/check.txt pyproject.toml -o requirements/bench.txt
+	@$(call env,pins)/bin/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
+		| tr " " "\n" | $(resolve) -c requirements/check.txt - -o requirements/build.txt
+
+clean:
+	rm -rf .venv build dist src/*.egg-info shardedflight-demo.html
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""ShardedFlight: many callers want the same expensive thing at once; it runs once.
+
+Layers, each importing only from those below it (checked by import-linter in `make check`):
+
+    __main__, demo, bench    programs, on the public names only
+    _flight                  ShardedFlight
+    _many                    many keys in one call
+    _waiting                 how callers wait, and who waits for whom
+    _core                    who leads, who follows, who is settled
+    _replica, exceptions, keys
+"""
+
+from . import keys as keys
+from ._flight import ShardedFlight as ShardedFlight
+from ._flight import Stats as Stats
+from .exceptions import BackendError as BackendError
+from .exceptions import DeadlockError as DeadlockError
+from .exceptions import FlightError as FlightError
+from .exceptions import FlightErrorGroup as FlightErrorGroup
+from .exceptions import FlightTimeout as FlightTimeout
+from .exceptions import InvalidShardsError as InvalidShardsError
+
+__all__ = [
+    "BackendError",
+    "DeadlockError",
+    "FlightError",
+    "FlightErrorGroup",
+    "FlightTimeout",
+    "InvalidShardsError",
+    "ShardedFlight",
+    "Stats",
+    "keys",
+]

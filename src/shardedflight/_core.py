@@ -1,0 +1,613 @@
+"""Who leads, who follows, and who is settled, handed over, forgotten or abandoned.
+
+Nothing here sleeps, wakes, or knows an event loop. State is decided here, in short steps, and each
+step returns what is to be done about it; waking and user code happen in the modules above, outside
+of every lock.
+
+One `Execution` is the record of one joinable run for one key. It ends in one of the ways of `End`.
+When its leader is lost and somebody still waits, it does not end: one waiter becomes the leader,
+the others go on waiting for the same record.
+
+**The table and the uncontended path.** A shard's `table` maps the *hash* of a key (an int) to the
+execution that holds this hash. A call that meets nobody does two dict operations and takes no lock:
+
+- `table.setdefault(h, mine)` links it, or finds who is there,
+- `del table[h]` unlinks it. Only the execution's own end removes an entry, so there is nothing to
+  compare and a late end can not remove a successor. To forget an execution is to mark it
+  unjoinable; it keeps its place until it ends.
+
+With ints as the dict's keys, no `__eq__` or `__hash__` of a user's runs inside these operations.
+Each is atomic, and operations on one dict are ordered among all threads, by the GIL or by the
+dict's own lock (the "Thread safety guarantees" of CPython's documentation). All else is decided
+under `Shard.lock`.
+
+**Joining** races with that lock-free end. The follower writes itself into `execution.waiters`
+first and then does `setdefault` again; the leader unlinks first and reads `waiters` then. Whichever
+of the two dict operations comes second sees what the other side wrote before its own: either the
+follower finds the execution still linked, and the leader will find it among the waiters, or the
+follower finds it gone, and takes its name back (Dekker's argument, with the dict as the fence).
+
+**Two keys with one hash**, or a key whose last execution was forgotten and still runs: the place is
+taken, so the newcomer goes to `overflow`, a dict that is read and changed under the lock. It is put
+there before `setdefault` is tried once more. So whoever later finds the place free, links itself
+and then looks into `overflow`, sees it there. Keys are compared (user code) with no lock held, on a
+snapshot that is checked again under the lock.
+
+The shape of it, one record per running key, is that of Go's `singleflight.go`
+(https://pkg.go.dev/golang.org/x/sync/singleflight); sharding by a masked hash is ShardedFlight's.
+"""
+
+import enum
+import itertools
+import math
+import threading
+from collections.abc import Callable, Hashable
+from inspect import CO_COROUTINE
+from threading import get_ident
+from types import CoroutineType, TracebackType
+from typing import Any, Literal, NoReturn, TypeVar, cast
+
+from ._replica import Failure
+
+__all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout"]
+
+T = TypeVar("T")
+
+OnAbandon = Literal["cancel", "finish"]
+
+
+class End(enum.Enum):
+    """The ways in which a leader's run can end."""
+
+    VALUE = "value"
+    ERROR = "error"  # the function raised an Exception: everybody's outcome
+    LOST = "lost"  # anything else: the leader's alone, a waiter takes over
+    ABANDONED = "abandoned"  # the last caller had left
+
+
+class Run:
+    """A leader that does not run on its caller's own stack, so that the caller can leave it."""
+
+    __slots__ = ()
+
+    def abandon(self, execution: "Execution") -> None:
+        """Nobody wants `execution` any more, and nobody can join it: stop if that is possible."""
+        raise NotImplementedError
+
+
+class Execution:
+    """The record of one execution.
+
+    The leader's thread writes the first group before it links the record. The second group is
+    unset until somebody but the leader touches the record: what nobody needs is not made.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "attended",
+        "end",
+        "failure",
+        "hash",
+        "joinable",
+        "key",
+        "leader",
+        "shard",
+        "shared",
+        "value",
+        "waiters",
+    )
+
+    #: What makes two calls the same call. Never changes.
+    key: Any
+    #: Who runs the function: the ident of a thread, a `Run`, or the waiter that takes over. None
+    #: after the end. Changed under the lock. It is the fence: an end is accepted from the leader
+    #: alone, so the late end of a former leader does nothing.
+    leader: Any
+    #: Who waits, in order of arrival (a dict serves as an ordered set). None until the record is
+    #: touched, and set last then: who sees it set may read the group below. Under the lock.
+    waiters: dict[Any, None] | None
+
+    #: The place in the tables. Written by the leader or whoever touches; always the same values.
+    shard: "Shard"
+    hash: int
+    #: False once forgotten or abandoned. Under the lock.
+    joinable: bool
+    #: The leader's own caller still wants the outcome. Under the lock.
+    attended: bool
+    #: How it ended; None while it runs. From then on `waiters` stays as it is. Under the lock.
+    end: End | None
+    #: The outcome, written with the end; followers read it after they have been woken.
+    value: Any
+    failure: Failure | None
+    shared: bool
+
+    def matches(self, key: Any) -> bool:
+        """Whether a call with `key` may join. Runs the keys' `__eq__`."""
+        if self.waiters is not None and not self.joinable:
+            return False
+        return self.key is key or bool(self.key == key)
+
+    def outcome(self) -> tuple[Any, bool]:
+        """A follower's outcome, once woken.
+
+        Returns:
+            `(value, shared)`.
+
+        Raises:
+            Exception: A replica of the leader's error.
+        """
+        failure = self.failure
+        if failure is None:
+            return self.value, self.shared
+        error = failure.replica()
+        try:
+            raise error
+        finally:
+            del error  # or this frame and the error would keep each other alive
+
+
+class Shard:
+    """One of the independent tables. `table` and `started` need no lock, all else does."""
+
+    __slots__ = (
+        "_started_reads",
+        "abandoned",
+        "deadlocks",
+        "errors",
+        "forgotten",
+        "lock",
+        "overflow",
+        "overflow_changes",
+        "promotions",
+        "shared",
+        "started",
+        "table",
+        "timeouts",
+        "waiting",
+    )
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Empties the shard, with a lock that nobody holds. For a new one, and after a fork.
+
+        The dicts are new objects: a function that itself forked still unlinks from the old one.
+        """
+        self.lock = threading.Lock()
+        self.table: dict[int, Execution] = {}
+        self.overflow: dict[int, list[Execution]] = {}
+        #: How often `overflow` has changed.
+        self.overflow_changes = 0
+        #: Counts executions: `next` is atomic, where `+= 1` on an attribute would be lost updates.
+        self.started = itertools.count()
+        self._started_reads = 0
+        self.shared = self.errors = self.promotions = self.timeouts = 0
+        self.abandoned = self.forgotten = self.deadlocks = 0
+        self.waiting = 0
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def running(self) -> int:
+        """How many executions run now, those that were forgotten or abandoned among them."""
+        return len(self.table) + sum(map(len, list(self.overflow.values())))
+
+    def executions(self) -> list[tuple[int, Execution]]:
+        """Those that run now, with the hashes of their keys."""
+        with self.lock:
+            found = list(self.table.items())
+            for h, group in self.overflow.items():
+                found += [(h, execution) for execution in group]
+        return found
+
+    def count_started(self) -> int:
+        """How many executions were ever started here. Under the lock."""
+        # A count can only be read by counting: take the readings off.
+        self._started_reads += 1
+        return next(self.started) - self._started_reads + 1
+
+    def holders(self, h: int) -> list[Execution]:
+        """All executions with this hash, those in overflow first."""
+        head = self.table.get(h)
+        found = [] if head is None else [head]
+        if self.overflow:
+            found[:0] = self.overflow.get(h, ())
+        return found
+
+    # -- joining ----------------------------------------------------------------------------------
+
+    def join(self, h: int, mine: Execution, waiter: Any) -> Execution:
+        """Makes `waiter` a follower for the key of `mine`, or else makes `mine` lead.
+
+        Args:
+            h: The hash of the key.
+            mine: A new record. It may be linked in `table` already.
+            waiter: Who is to be woken.
+
+        Returns:
+            `mine` if it leads now, otherwise the execution that `waiter` has joined.
+
+        Raises:
+            Exception: What `__eq__` of a key raised; the caller ends `mine` if it is linked.
+        """
+        table = self.table
+        while True:
+            changes = self.overflow_changes
+            head = table.setdefault(h, mine)
+            match = self._match(h, mine.key, head, mine)
+            with self.lock:
+                if changes != self.overflow_changes:
+                    continue
+                if match is None:
+                    if head is mine:
+                        next(self.started)
+                        return mine
+                    if self._link_beside(h, mine, head):
+                        next(self.started)
+                        return mine
+                elif match.waiters is None or match.joinable:
+                    if match.waiters is None:
+                        self.touch(match, h)
+                    waiters = cast("dict[Any, None]", match.waiters)
+                    waiters[waiter] = None
+                    if match is not head:
+                        if head is mine:
+                            # Nobody has joined it: all who look prefer the one in overflow.
+                            del table[h]
+                    # Not `get`: on builds without the GIL it takes no lock, and is no fence.
+                    elif table.setdefault(h, mine) is not head:
+                        del waiters[waiter]
+                        continue
+                    self.waiting += 1
+                    return match
+
+    def _match(
+        self, h: int, key: Any, head: Execution | None, mine: Execution | None = None
+    ) -> Execution | None:
+        """The joinable execution for `key` among those that hold its hash. Runs user code."""
+        if self.overflow:
+            for other in tuple(self.overflow.get(h, ())):
+                if other is not mine and other.matches(key):
+                    return other
+        if head is None or head is mine or not head.matches(key):
+            return None
+        return head
+
+    def _link_beside(self, h: int, mine: Execution, head: Execution) -> bool:
+        """Links `mine` in overflow, since `head` has its place. Under the lock.
+
+        Returns:
+            False if `head` has not got it any more: another of the same key may be there.
+        """
+        self.touch(mine, h)
+        self.overflow.setdefault(h, []).append(mine)
+        self.overflow_changes += 1
+        if self.table.setdefault(h, mine) is head:
+            return True
+        self._remove_from_overflow(mine, h)
+        mine.waiters = None
+        return False
+
+    def _remove_from_overflow(self, execution: Execution, h: int) -> None:
+        group = self.overflow.get(h, [])
+        if execution in group:
+            group.remove(execution)
+            self.overflow_changes += 1
+            if not group:
+                del self.overflow[h]
+
+    def touch(self, execution: Execution, h: int) -> None:
+        """Sets the second group of fields, once. Under the lock."""
+        if execution.waiters is None:
+            execution.shard = self
+            execution.hash = h
+            execution.joinable = True
+            execution.attended = True
+            execution.end = None
+            execution.failure = None
+            execution.shared = False
+            execution.waiters = {}
+
+    # -- leaving ----------------------------------------------------------------------------------
+
+    def leave(self, execution: Execution, waiter: Any, cancel: bool) -> tuple[bool, Run | None]:
+        """A follower goes.
+
+        Args:
+            execution: What it had joined.
+            waiter: The follower.
+            cancel: Whether an execution that nobody wants any more is to be abandoned.
+
+        Returns:
+            Whether it has left: False if it has been woken, or is about to be. And the run that
+            nobody wants any more, to be abandoned by the caller.
+        """
+        with self.lock:
+            waiters = execution.waiters
+            if execution.end is not None or waiters is None or waiter not in waiters:
+                return False, None
+            del waiters[waiter]
+            self.waiting -= 1
+            return True, self._deserted(execution) if cancel else None
+
+    def leave_leader(
+        self, execution: Execution, h: int, leaders: tuple[Any, ...], cancel: bool
+    ) -> Run | None:
+        """The own caller of a leader, one of `leaders`, goes. Returns a run as `leave` does."""
+        with self.lock:
+            if execution.leader not in leaders:
+                return None
+            self.touch(execution, h)
+            execution.attended = False
+            return self._deserted(execution) if cancel else None
+
+    def _deserted(self, execution: Execution) -> Run | None:
+        if execution.waiters or execution.attended or execution.end is not None:
+            return None
+        if not isinstance(execution.leader, Run):
+            return None  # it runs on a thread, which can not be stopped
+        execution.joinable = False
+        execution.end = End.ABANDONED
+        self.abandoned += 1
+        return execution.leader
+
+    def forget(self, h: int, key: Hashable) -> None:
+        """Makes the key's execution, if there is one, unjoinable."""
+        while True:
+            changes = self.overflow_changes
+            match = self._match(h, key, self.table.get(h))
+            with self.lock:
+                if changes != self.overflow_changes:
+                    continue
+                if match is not None and (match.waiters is None or match.joinable):
+                    self.touch(match, h)
+                    match.joinable = False
+                    self.forgotten += 1
+                return
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def adopt(self, execution: Execution, heir: Any, leader: Any) -> bool:
+        """`heir`, who was to take over or to start, does so as `leader`. False if it is too late.
+
+        Too late: it was lost in the meantime, or everybody has left.
+        """
+        with self.lock:
+            if execution.leader is not heir:
+                return False
+            if execution.waiters is not None and execution.end is not None:
+                return False
+            execution.leader = leader
+            return True
+
+    def settle(
+        self,
+        execution: Execution,
+        h: int,
+        leader: Any,
+        end: End,
+        value: Any = None,
+        traceback: TracebackType | None = None,
+    ) -> Any:
+        """The leader's run has ended.
+
+        Args:
+            execution: What `leader` leads. An end that comes from anybody else changes nothing.
+            h: The hash of its key.
+            leader: Whose run has ended.
+            end: How.
+            value: The value, or the exception.
+            traceback: Where the exception was raised.
+
+        Returns:
+            The waiter that leads from now on, if the leader was lost and somebody waits; or None.
+        """
+        with self.lock:
+            self.touch(execution, h)
+            if execution.leader != leader:
+                return None
+            waiters = cast("dict[Any, None]", execution.waiters)
+            if end is End.LOST and waiters:
+                heir = next(iter(waiters))
+                del waiters[heir]
+                self.waiting -= 1
+                self.promotions += 1
+                next(self.started)
+                execution.attended = True
+                execution.leader = heir
+                return heir
+            self._unlink(execution, h)
+            execution.leader = None
+            if execution.end is None:
+                execution.shared = len(waiters) + execution.attended > 1
+                if end is End.ERROR:
+                    self.errors += 1
+                    if waiters:
+                        execution.failure = Failure(value, traceback)
+                else:
+                    execution.value = value
+                execution.end = end
+                self.shared += len(waiters)
+                self.waiting -= len(waiters)
+            return None
+
+    def _unlink(self, execution: Execution, h: int) -> None:
+        if self.table.get(h) is execution:
+            del self.table[h]
+        else:
+            self._remove_from_overflow(execution, h)
+
+
+class Core:
+    """The synchronous path: keys, shards, and `do` as long as nobody else wants the key."""
+
+    def __init__(
+        self,
+        shards: int,
+        build_key: Callable[..., Hashable] | None,
+        hash: Callable[[Any], int] | None,
+    ) -> None:
+        self._build_key = build_key
+        self._hash = hash
+        self._shards = tuple(Shard() for _ in range(shards))
+        self._shift = 64 - (shards - 1).bit_length()
+        #: The only shard, where there is only one and no hook to be asked.
+        self._single = self._shards[0] if shards == 1 and hash is None else None
+
+    @property
+    def shards(self) -> int:
+        """How many shards the flight has."""
+        return len(self._shards)
+
+    def _key(self, parts: tuple[Any, ...]) -> Any:
+        if self._build_key is not None:
+            return self._build_key(*parts)
+        # Two or more parts, or none, are their own tuple. A single part is itself; but a single
+        # tuple stays inside its 1-tuple, which no other call's parts can equal.
+        if len(parts) == 1 and not isinstance(parts[0], tuple):
+            return parts[0]
+        return parts
+
+    def _shard_of(self, key: Any, h: int) -> Shard:
+        if self._single is not None:
+            return self._single
+        hook = self._hash
+        if hook is None:
+            # Fibonacci hashing (Knuth, TAOCP 3, 6.4): the product's top bits depend on all bits
+            # of h, so ints, which hash to themselves, spread whatever their step.
+            return self._shards[(h * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> self._shift]
+        index = hook(key)
+        if not isinstance(index, int):
+            raise TypeError(f"hash must return an int, and returned {index!r} for the key {key!r}")
+        return self._shards[index & (len(self._shards) - 1)]
+
+    def do(self, fn: Callable[[], T], /, *parts: Any, timeout: float | None = None) -> tuple[T, bool]:
+        """Runs `fn`, or waits for the caller that already runs it for this key.
+
+        Args:
+            fn: The function to run, on this thread, if nobody runs one for the key.
+            *parts: What the key is made of.
+            timeout: Seconds to wait, at the most, as a follower. A leader is not limited.
+
+        Returns:
+            The value, and whether it went to more than one caller.
+
+        Raises:
+            Exception: Whatever the leader's function raised.
+            DeadlockError: Waiting would never end.
+            FlightTimeout: A follower waited for `timeout` seconds.
+            TypeError: The key is not hashable, a hook returned what it must not, or `fn` is a
+                coroutine function: use `do_async`.
+
+        May be called from any thread. On a thread with a running event loop it stops that loop for
+        as long as it takes.
+        """
+        if timeout is not None:
+            check_timeout(timeout)
+        # The same as self._key(parts), without the call.
+        if self._build_key is not None:
+            key = self._build_key(*parts)
+        elif len(parts) == 1:
+            key = parts[0]
+            if type(key) is not str and isinstance(key, tuple):
+                key = parts
+        else:
+            key = parts
+        h = hash(key)
+        shard = self._single
+        if shard is None:
+            shard = self._shard_of(key, h)
+        execution = Execution()
+        execution.key = key
+        me = execution.leader = get_ident()
+        execution.waiters = None
+        table = shard.table
+        # All in one try, so that an exception out of a signal handler finds it whole wherever it
+        # strikes: CPython runs handlers at calls, and everything from the link on is inside.
+        try:
+            if table.setdefault(h, execution) is execution and not shard.overflow:
+                next(shard.started)
+                value = fn()
+                if type(value) is CoroutineType:
+                    self._conclude(execution, shard, h, me, End.LOST)
+                    refuse_coroutine(value)
+                del table[h]
+                if execution.waiters is None:
+                    return value, False
+                self._conclude(execution, shard, h, me, End.VALUE, value)
+                return value, execution.shared
+            return self._follow(shard, h, execution, fn, timeout)
+        except BaseException as error:
+            if shard.table.get(h) is execution or execution.waiters is not None:
+                self._fail(execution, shard, h, me, error)
+            del execution  # the traceback holds this frame: see Failure
+            raise
+
+    def _fail(
+        self, execution: Execution, shard: Shard, h: int, leader: Any, error: BaseException
+    ) -> None:
+        """Ends the leader's run with what its function raised, as seen from the caller's frame."""
+        if isinstance(error, Exception):
+            traceback = error.__traceback__
+            if traceback is not None:  # without the frame of ours that caught it
+                traceback = traceback.tb_next
+            self._conclude(execution, shard, h, leader, End.ERROR, error, traceback)
+        else:
+            self._conclude(execution, shard, h, leader, End.LOST)
+
+    def _conclude(
+        self,
+        execution: Execution,
+        shard: Shard,
+        h: int,
+        leader: Any,
+        end: End,
+        value: Any = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        """Settles the leader's run and wakes whom that concerns."""
+        raise NotImplementedError
+
+    def _follow(
+        self,
+        shard: Shard,
+        h: int,
+        mine: Execution,
+        fn: Callable[[], T],
+        timeout: float | None,
+    ) -> tuple[T, bool]:
+        """`do`, when the key or its place in the table is taken."""
+        raise NotImplementedError
+
+
+def refuse_coroutine_function(fn: Any) -> None:
+    """Raises TypeError if a synchronous method was plainly given a coroutine function.
+
+    What hides one (a lambda, a partial) shows when it is called: see `refuse_coroutine`.
+    """
+    code = getattr(fn, "__code__", None)
+    if code is not None and code.co_flags & CO_COROUTINE:
+        raise TypeError(f"{fn!r} is a coroutine function: use do_async or do_many_async")
+
+
+def refuse_coroutine(value: Any) -> NoReturn:
+    """Raises TypeError: a function turned out to return a coroutine to a synchronous method."""
+    value.close()
+    raise TypeError(
+        f"the function returned a coroutine ({value.__qualname__}): use do_async or do_many_async"
+    )
+
+
+def not_awaitable(value: object) -> TypeError:
+    """The error of a coroutines' method that was given a plain function."""
+    return TypeError(
+        f"the function returned {value!r}, which can not be awaited: use do, do_future or do_many"
+    )
+
+
+def check_timeout(timeout: object) -> None:
+    """Raises TypeError or ValueError unless `timeout` is a number of seconds, 0 or more."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    if math.isnan(timeout) or timeout < 0:
+        raise ValueError(f"timeout must be 0 seconds or more, not {timeout!r}")

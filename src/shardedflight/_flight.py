@@ -1,0 +1,741 @@
+"""`ShardedFlight`: one call for threads, coroutines and futures, on the state of `_core`."""
+
+import asyncio
+import contextlib
+import dataclasses
+import inspect
+import os
+import sys
+import threading
+import weakref
+from _thread import start_new_thread
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
+from concurrent.futures import Executor, Future, InvalidStateError
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import get_ident
+from types import CoroutineType, TracebackType
+from typing import Any, NoReturn, TypeVar
+
+from . import _many
+from ._core import Core, End, Execution, OnAbandon, Run, Shard, not_awaitable, refuse_coroutine
+from ._core import refuse_coroutine_function
+from ._waiting import (
+    LoopRun,
+    Sleeper,
+    Waiter,
+    begin_wait,
+    end_wait,
+    inside_a_run,
+    loop_of,
+    offer,
+    wake_all,
+    watch_loop,
+    watched_loops,
+)
+from .exceptions import FlightTimeout, InvalidShardsError
+
+__all__ = ["ShardedFlight", "Stats"]
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+#: Shards where threads really run at once, and where the GIL lets one run at a time.
+_SHARDS_FREE_THREADED = 64
+_SHARDS_GIL = 1
+
+# asyncio.Task can run a coroutine's first step at once since Python 3.12.
+_EAGER: Mapping[str, bool] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of a flight: running totals and, from `in_flight` on, gauges.
+
+    Each shard is read at one moment; the shards are read one after another.
+
+    Attributes:
+        executions: Executions started: leaders, and followers that took over.
+        shared: Callers served by somebody else's execution.
+        errors: Executions that ended with an exception.
+        promotions: Followers that took over from a lost leader.
+        timeouts: Followers that left after their timeout.
+        abandoned: Executions that were given up because their last caller had left.
+        forgotten: Executions that `forget` made unjoinable.
+        deadlocks: Calls that raised `DeadlockError`.
+        in_flight: Executions running now, forgotten ones among them.
+        waiting: Followers waiting now.
+        per_shard: Executions running now in each shard.
+    """
+
+    executions: int
+    shared: int
+    errors: int
+    promotions: int
+    timeouts: int
+    abandoned: int
+    forgotten: int
+    deadlocks: int
+    in_flight: int
+    waiting: int
+    per_shard: tuple[int, ...]
+
+
+class ShardedFlight(Core):
+    """Runs a function once for all who want the same key at the same time.
+
+    While a function runs for a key, further callers with that key wait and share its outcome. The
+    calls of threads (`do`), coroutines (`do_async`) and futures (`do_future`) join each other. One
+    object may be used from any number of threads and event loops, at once and one after another.
+
+    Args:
+        shards: The number of independent tables, a power of two. By default 1 where the GIL lets
+            one thread run at a time, and more on free-threaded builds.
+        build_key: Makes a hashable key out of a call's parts. By default one part is its own key,
+            and several are a tuple.
+        hash: Maps a key to an int whose low bits pick the shard. By default Python's own hash,
+            mixed. It does not decide which keys are the same.
+        executor: Where `do_future` runs functions. By default a pool of threads, made when first
+            needed.
+        on_abandon: What happens when the last caller leaves an execution that runs in a task, or
+            waits for a place in `executor`: "cancel" makes it unjoinable and cancels it, "finish"
+            lets it run to its end.
+        name: Shown by `repr`.
+
+    Raises:
+        InvalidShardsError: `shards` is not a power of two.
+        TypeError: An argument is of the wrong type.
+        ValueError: `on_abandon` is neither of its two values.
+    """
+
+    def __init__(
+        self,
+        shards: int | None = None,
+        *,
+        build_key: Callable[..., Hashable] | None = None,
+        hash: Callable[[Any], int] | None = None,
+        executor: Executor | None = None,
+        on_abandon: OnAbandon = "cancel",
+        name: str | None = None,
+    ) -> None:
+        if shards is None:
+            shards = _SHARDS_GIL if _gil_enabled() else _SHARDS_FREE_THREADED
+        if type(shards) is not int or shards < 1 or shards & (shards - 1):
+            raise InvalidShardsError(shards)
+        for hook, what in ((build_key, "build_key"), (hash, "hash")):
+            if hook is not None and not callable(hook):
+                raise TypeError(f"{what} must be callable or None, not {hook!r}")
+        if executor is not None:
+            _check_executor(executor)
+        if on_abandon not in ("cancel", "finish"):
+            raise ValueError(f'on_abandon must be "cancel" or "finish", not {on_abandon!r}')
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a str or None, not {name!r}")
+        super().__init__(shards, build_key, hash)
+        self._cancels = on_abandon == "cancel"
+        self._name = name
+        self._executor = executor
+        #: The pool made here, and the lock under which it is made.
+        self._own_executor: ThreadPoolExecutor | None = None
+        self._executor_lock = threading.Lock()
+        _flights.add(self)
+
+    # -- threads ----------------------------------------------------------------------------------
+
+    def _follow(
+        self,
+        shard: Shard,
+        h: int,
+        mine: Execution,
+        fn: Callable[[], T],
+        timeout: float | None,
+    ) -> tuple[T, bool]:
+        sleeper = Sleeper()
+        execution = mine
+        try:
+            refuse_coroutine_function(fn)
+            execution = shard.join(h, mine, sleeper)
+            if execution is not mine:
+                begin_wait(shard, (execution,))
+                try:
+                    if not sleeper.sleep(timeout):
+                        if self._leave(shard, execution, sleeper):
+                            with shard.lock:
+                                shard.timeouts += 1
+                            raise FlightTimeout(
+                                f"waited {timeout} s for the execution of {execution.key!r}"
+                            )
+                        sleeper.sleep()
+                finally:
+                    end_wait()
+                if not sleeper.news[0][1]:
+                    return execution.outcome()
+        except BaseException:
+            self._withdraw(shard, h, sleeper)
+            del execution, mine, sleeper  # the traceback holds this frame: see Failure
+            raise
+        leader = mine.leader if execution is mine else sleeper
+        try:
+            return self._lead(execution, shard, h, leader, fn)
+        finally:
+            del execution, mine, sleeper, leader
+
+    def _lead(
+        self, execution: Execution, shard: Shard, h: int, leader: Any, fn: Callable[[], T]
+    ) -> tuple[T, bool]:
+        """Runs `fn` on this thread, for an execution that others know of already."""
+        try:
+            value = fn()
+            if type(value) is CoroutineType:
+                self._conclude(execution, shard, h, leader, End.LOST)
+                refuse_coroutine(value)
+            self._conclude(execution, shard, h, leader, End.VALUE, value)
+            return value, execution.shared
+        except BaseException as error:
+            self._fail(execution, shard, h, leader, error)
+            raise
+        finally:
+            del execution, leader
+
+    # -- coroutines -------------------------------------------------------------------------------
+
+    async def do_async(
+        self, fn: Callable[[], Awaitable[T]], /, *parts: Any
+    ) -> tuple[T, bool]:
+        """Awaits what `fn` returns, or the execution that already runs for this key.
+
+        The awaitable runs in a task that the flight owns, on this event loop, with a copy of this
+        caller's context. A caller that is cancelled leaves alone; with the last one the execution
+        is abandoned (see `on_abandon`). Limit the wait with `asyncio.timeout`.
+
+        Args:
+            fn: Returns the awaitable to run, if nobody runs one for the key.
+            *parts: What the key is made of.
+
+        Returns:
+            The value, and whether it went to more than one caller.
+
+        Raises:
+            Exception: Whatever the leader's function raised.
+            DeadlockError: Waiting would never end.
+            TypeError: The key is not hashable, a hook returned what it must not, or `fn` returned
+                something that can not be awaited: use `do`.
+        """
+        key = self._key(parts)
+        h = hash(key)
+        shard = self._single or self._shard_of(key, h)
+        loop = asyncio.get_running_loop()
+        execution = mine = Execution()
+        mine.key = key
+        mine.waiters = None
+        run: LoopRun | None = None
+        waiter: asyncio.Future[bool] | None = None
+        try:
+            if h not in shard.table:
+                run = mine.leader = LoopRun(loop)
+            if run is not None and shard.table.setdefault(h, mine) is mine and not shard.overflow:
+                next(shard.started)
+            else:
+                waiter = mine.leader = loop.create_future()
+                execution = shard.join(h, mine, waiter)
+                if execution is not mine:
+                    if id(loop) not in watched_loops:
+                        watch_loop(loop, _loop_closed)
+                    if inside_a_run.get():
+                        begin_wait(shard, (execution,), waiter)
+                        try:
+                            promoted = await waiter
+                        finally:
+                            end_wait(waiter)
+                    else:
+                        promoted = await waiter
+                    if not promoted:
+                        return execution.outcome()
+                run = LoopRun(loop)
+                if not shard.adopt(execution, waiter, run):
+                    raise asyncio.CancelledError("the event loop was closed")
+            self._start(run, self._run(run, execution, shard, h, fn), (execution, shard, h))
+            if not run.done:
+                run.bell = loop.create_future()
+                if id(loop) not in watched_loops:
+                    watch_loop(loop, _loop_closed)
+                if inside_a_run.get():
+                    begin_wait(shard, (execution,), run.bell)
+                    try:
+                        await run.bell
+                    finally:
+                        end_wait(run.bell)
+                else:
+                    await run.bell
+            return run.outcome()
+        except GeneratorExit:
+            # The coroutine is closed, perhaps by the garbage collector, at any point of any
+            # thread: that may be one that holds the lock that leaving needs.
+            self._on_a_thread(self._leave_async, shard, h, mine, execution, waiter, run)
+            raise
+        except BaseException:
+            self._leave_async(shard, h, mine, execution, waiter, run)
+            raise
+        finally:
+            del execution, mine, run  # a traceback may hold this frame: see Failure
+
+    def _start(
+        self, run: LoopRun, coroutine: Coroutine[Any, Any, None], *led: tuple[Execution, Shard, int]
+    ) -> None:
+        """Runs `coroutine` in a task, to lead `led`; its first step at once where possible."""
+        loop = run.loop
+        if _EAGER and loop.get_task_factory() is None:
+            task: asyncio.Task[None] = asyncio.Task(coroutine, loop=loop, **_EAGER)
+        else:
+            task = loop.create_task(coroutine)
+            task.add_done_callback(partial(self._never_began, run, led))
+        if not run.done:
+            run.task = task
+
+    def _never_began(
+        self,
+        run: LoopRun,
+        led: Iterable[tuple[Execution, Shard, int]],
+        task: "asyncio.Task[None]",
+    ) -> None:
+        """A task that is cancelled before its first step runs nothing, no `finally` either."""
+        if not run.done:
+            run.error = asyncio.CancelledError()
+            for execution, shard, h in led:
+                self._conclude(execution, shard, h, run, End.LOST)
+            run.finish()
+
+    async def _run(
+        self,
+        run: LoopRun,
+        execution: Execution,
+        shard: Shard,
+        h: int,
+        fn: Callable[[], Awaitable[Any]],
+    ) -> None:
+        """The task of an execution. Raises only what tells its loop that it was cancelled."""
+        inside_a_run.set(True)
+        if run.task is None:  # begun at once, before its maker has it
+            run.task = asyncio.current_task()
+        try:
+            awaitable = fn()
+            if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
+                run.error = not_awaitable(awaitable)
+                self._conclude(execution, shard, h, run, End.LOST)
+                return
+            value = await awaitable
+            run.value = value
+            if execution.waiters is None and shard.table.get(h) is execution:
+                del shard.table[h]
+            if execution.waiters is not None:
+                self._conclude(execution, shard, h, run, End.VALUE, value)
+                run.shared = execution.shared
+        except BaseException as error:
+            run.error = error
+            if isinstance(error, GeneratorExit):
+                self._on_a_thread(self._fail, execution, shard, h, run, error)
+            else:
+                self._fail(execution, shard, h, run, error)
+            if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
+                raise
+        finally:
+            run.finish()
+            del run, execution, shard
+
+    def _leave_async(
+        self,
+        shard: Shard,
+        h: int,
+        mine: Execution,
+        execution: Execution,
+        waiter: "asyncio.Future[bool] | None",
+        run: LoopRun | None,
+    ) -> None:
+        """A coroutine goes, at whatever point it was. What is over already is not disturbed."""
+        if waiter is not None:
+            self._withdraw(shard, h, waiter)
+        if run is None or run.done:
+            return
+        if run.task is None:
+            for begun in {mine, execution}:
+                self._conclude(begun, shard, h, run, End.LOST)
+        else:
+            self._leave_leader(execution, shard, h, run)
+
+    # -- futures ----------------------------------------------------------------------------------
+
+    def do_future(self, fn: Callable[[], T], /, *parts: Any) -> "Future[tuple[T, bool]]":
+        """Runs `fn` on the executor, or joins the execution that already runs for this key.
+
+        Never blocks. A follower takes no thread of the executor. Cancelling the future leaves the
+        flight: others are served, and an execution that nobody wants and that has not begun is
+        abandoned. `result()` raises `DeadlockError` where it would wait forever.
+
+        Args:
+            fn: The function to run, if nobody runs one for the key.
+            *parts: What the key is made of.
+
+        Returns:
+            A future of the value and whether it went to more than one caller.
+
+        Raises:
+            TypeError: The key is not hashable or a hook returned what it must not.
+            RuntimeError: The executor takes no work any more.
+        """
+        refuse_coroutine_function(fn)
+        key = self._key(parts)
+        h = hash(key)
+        shard = self._shard_of(key, h)
+        future = FlightFuture(self, fn, shard, h)
+        execution = mine = Execution()
+        mine.key = key
+        mine.leader = future
+        mine.waiters = None
+        try:
+            if shard.table.setdefault(h, mine) is mine and not shard.overflow:
+                next(shard.started)
+            else:
+                execution = shard.join(h, mine, future)
+            future.joined = execution
+            if execution is mine:
+                future.submit(execution)
+        except BaseException:
+            self._withdraw(shard, h, future)
+            self._conclude(mine, shard, h, future, End.LOST)
+            raise
+        return future
+
+    def _submit(self, work: Callable[..., None], *args: Any) -> "Future[None]":
+        executor: Executor | None = self._executor or self._own_executor
+        if executor is None:
+            with self._executor_lock:
+                if self._own_executor is None:
+                    self._own_executor = ThreadPoolExecutor(
+                        thread_name_prefix=f"shardedflight-{self._name or hex(id(self))}"
+                    )
+                executor = self._own_executor
+        return executor.submit(work, *args)
+
+    def _withdraw_future(self, future: "FlightFuture", execution: Execution) -> None:
+        """The caller of a future has cancelled it."""
+        shard, h = future.place
+        if not self._leave(shard, execution, future):
+            self._leave_leader(execution, shard, h, future, future.thread)
+
+    # -- many keys --------------------------------------------------------------------------------
+
+    def do_many(
+        self, fn: Callable[[list[K]], Mapping[K, V]], /, keys: Iterable[K]
+    ) -> dict[K, tuple[V, bool]]:
+        """Joins the executions of those keys that are in flight, and runs `fn` once for the rest.
+
+        Each key stands for the call `do(fn, key)`; other callers of such a key join. If the leader
+        of a joined key is lost and this call takes over, `fn` runs once more, for that key.
+
+        Args:
+            fn: Takes the list of the keys to find and returns a mapping. It runs on this thread.
+            keys: The keys. What occurs twice counts once.
+
+        Returns:
+            For each key its value and whether that went to more than one caller. Keys that the
+            mapping lacks are absent (their other callers get `KeyError`).
+
+        Raises:
+            FlightErrorGroup: A joined key failed. Names each failed key; has `.found`.
+            Exception: What `fn` raised, if no joined key failed.
+            DeadlockError: Waiting would never end.
+            TypeError: A key is not hashable, or `fn` returned no mapping.
+        """
+        return _many.do_many(self, fn, keys)
+
+    async def do_many_async(
+        self, fn: Callable[[list[K]], Awaitable[Mapping[K, V]]], /, keys: Iterable[K]
+    ) -> dict[K, tuple[V, bool]]:
+        """`do_many` for coroutines: `fn` returns an awaitable of the mapping.
+
+        It is run as `do_async` runs a function: in a task that the flight owns. See `do_many` for
+        arguments, returns and errors.
+        """
+        return await _many.do_many_async(self, fn, keys)
+
+    # -- what all of them share -------------------------------------------------------------------
+
+    def _conclude(
+        self,
+        execution: Execution,
+        shard: Shard,
+        h: int,
+        leader: Any,
+        end: End,
+        value: Any = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        try:
+            self._settle_and_tell(execution, shard, h, leader, end, value, traceback)
+        except BaseException:
+            # Interrupted by a signal handler. Every step may be done twice, but must be done.
+            self._settle_and_tell(execution, shard, h, leader, end, value, traceback)
+            raise
+
+    def _settle_and_tell(
+        self,
+        execution: Execution,
+        shard: Shard,
+        h: int,
+        leader: Any,
+        end: End,
+        value: Any,
+        traceback: TracebackType | None,
+    ) -> None:
+        while True:
+            shard.settle(execution, h, leader, end, value, traceback)
+            if execution.end is not None:
+                wake_all(execution)
+                return
+            heir = execution.leader
+            if heir is leader or not isinstance(heir, (Waiter, asyncio.Future)):
+                return
+            gone = partial(self._conclude, execution, shard, h, heir, End.LOST)
+            if offer(execution, heir, gone):
+                return
+            leader, end = heir, End.LOST
+
+    def _leave(self, shard: Shard, execution: Execution, waiter: Any) -> bool:
+        left, unwanted = shard.leave(execution, waiter, self._cancels)
+        if unwanted is not None:
+            unwanted.abandon(execution)
+        return left
+
+    def _leave_leader(self, execution: Execution, shard: Shard, h: int, *leaders: Any) -> None:
+        unwanted = shard.leave_leader(execution, h, leaders, self._cancels)
+        if unwanted is not None:
+            unwanted.abandon(execution)
+
+    def _withdraw(self, shard: Shard, h: int, waiter: Any) -> None:
+        """A follower goes, whatever it had joined, even if it was to take over."""
+        for execution in shard.holders(h):
+            if not self._leave(shard, execution, waiter) and execution.leader is waiter:
+                self._conclude(execution, shard, h, waiter, End.LOST)
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    def forget(self, *parts: Any) -> None:
+        """The next caller for this key starts a new execution.
+
+        One that runs now serves those who have joined it. Without one, nothing happens.
+
+        Args:
+            *parts: What the key is made of.
+
+        Raises:
+            TypeError: The key is not hashable, or a hook returned what it must not.
+        """
+        key = self._key(parts)
+        h = hash(key)
+        self._shard_of(key, h).forget(h, key)
+
+    def in_flight(self) -> int:
+        """How many executions run now, those that were forgotten among them."""
+        return sum(shard.running() for shard in self._shards)
+
+    def stats(self) -> Stats:
+        """A snapshot of the totals and gauges."""
+        totals = dict.fromkeys(_COUNTED, 0)
+        executions = 0
+        per_shard = []
+        for shard in self._shards:
+            with shard.lock:
+                executions += shard.count_started()
+                per_shard.append(shard.running())
+                for name in _COUNTED:
+                    totals[name] += getattr(shard, name)
+        return Stats(
+            executions=executions, in_flight=sum(per_shard), per_shard=tuple(per_shard), **totals
+        )
+
+    def __repr__(self) -> str:
+        name = f" {self._name!r}" if self._name is not None else ""
+        return (
+            f"<{type(self).__name__}{name}: {self.shards} shards, {self.in_flight()} in flight>"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} can not be pickled or copied: the functions in flight belong "
+            "to this process; make one in each process"
+        )
+
+    def _loop_closed(self) -> None:
+        """An event loop was closed: what it led is lost."""
+        for shard in self._shards:
+            for h, execution in shard.executions():
+                leader = execution.leader
+                loop = loop_of(leader)
+                if loop is not None and loop.is_closed():
+                    self._conclude(execution, shard, h, leader, End.LOST)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        watch_loop(loop, _loop_closed)
+
+    def _on_a_thread(self, function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter is going down
+            start_new_thread(function, args)
+
+    def _after_fork_in_child(self) -> None:
+        for shard in self._shards:
+            shard.reset()
+        self._own_executor = None
+        self._executor_lock = threading.Lock()
+
+
+class FlightFuture(Future[Any], Run, Waiter):
+    """What `do_future` returns: the caller of a function on the executor, or a follower."""
+
+    def __init__(
+        self, flight: ShardedFlight, fn: Callable[[], Any], shard: Shard, h: int
+    ) -> None:
+        super().__init__()
+        self._flight = flight
+        self._fn = fn
+        self._work: Future[None] | None = None
+        #: Where its execution is.
+        self.place = (shard, h)
+        self.joined: Execution | None = None
+        #: The executor's thread that runs `fn`.
+        self.thread: int | None = None
+
+    # As a leader's caller.
+
+    def submit(self, execution: Execution) -> None:
+        """Has `fn` run by the executor, to lead `execution`."""
+        work = self._flight._submit(self._lead, execution)
+        self._work = work
+        work.add_done_callback(partial(self._dropped, execution))
+
+    def _dropped(self, execution: Execution, work: "Future[None]") -> None:
+        if work.cancelled():  # by whoever shut the executor down, or by abandon
+            self._flight._conclude(execution, *self.place, self, End.LOST)
+            super().cancel()
+
+    def _lead(self, execution: Execution) -> None:
+        flight, (shard, h) = self._flight, self.place
+        me = self.thread = get_ident()
+        try:
+            if not shard.adopt(execution, self, me):  # abandoned
+                flight._conclude(execution, shard, h, self, End.LOST)
+                return
+            try:
+                result = flight._lead(execution, shard, h, me, self._fn)
+            except BaseException as error:
+                with contextlib.suppress(InvalidStateError):  # cancelled
+                    self.set_exception(error)
+            else:
+                with contextlib.suppress(InvalidStateError):
+                    self.set_result(result)
+        finally:
+            del self, execution  # the error's traceback holds this frame, and self the error
+
+    def abandon(self, execution: Execution) -> None:
+        if self._work is not None:
+            self._work.cancel()
+
+    # As a follower.
+
+    def wake(self, execution: Execution) -> None:
+        failure = execution.failure
+        with contextlib.suppress(InvalidStateError):
+            if failure is None:
+                self.set_result((execution.value, execution.shared))
+            else:
+                self.set_exception(failure.replica())
+
+    def take_over(self, execution: Execution) -> bool:
+        if self.cancelled():
+            return False
+        try:
+            self.submit(execution)
+        except Exception as error:  # no thread for it: its own loss, as for a leader
+            with contextlib.suppress(InvalidStateError):
+                self.set_exception(error)
+            return False
+        return True
+
+    # As a future.
+
+    def cancel(self) -> bool:
+        """Leaves the flight. False if the outcome is there already."""
+        if not super().cancel():
+            return False
+        if self.joined is not None:
+            self._flight._withdraw_future(self, self.joined)
+        return True
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As `concurrent.futures.Future.result`; also raises `DeadlockError`."""
+        try:
+            self._begin_wait()
+            return super().result(timeout)
+        finally:
+            end_wait()
+            del self  # as the base does: the error's traceback holds this frame
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As `concurrent.futures.Future.exception`; also raises `DeadlockError`."""
+        self._begin_wait()
+        try:
+            return super().exception(timeout)
+        finally:
+            end_wait()
+
+    def _begin_wait(self) -> None:
+        if self.joined is not None and not self.done():
+            begin_wait(self.place[0], (self.joined,))
+
+
+# -- helpers --------------------------------------------------------------------------------------
+
+_COUNTED = (
+    "shared",
+    "errors",
+    "promotions",
+    "timeouts",
+    "abandoned",
+    "forgotten",
+    "deadlocks",
+    "waiting",
+)
+
+
+def _gil_enabled() -> bool:
+    ask = getattr(sys, "_is_gil_enabled", None)  # CPython 3.13 and later
+    return True if ask is None else bool(ask())
+
+
+def _check_executor(executor: object) -> None:
+    if not isinstance(executor, Executor) and not callable(getattr(executor, "submit", None)):
+        raise TypeError(f"executor must be a concurrent.futures.Executor or None, not {executor!r}")
+    processes = sys.modules.get("concurrent.futures.process")
+    if processes is not None and isinstance(executor, processes.ProcessPoolExecutor):
+        raise TypeError(
+            f"executor must run functions in this process, not {executor!r}: use a "
+            "ThreadPoolExecutor"
+        )
+
+
+#: All flights, for what concerns the whole process.
+_flights: "weakref.WeakSet[ShardedFlight]" = weakref.WeakSet()
+
+
+def _loop_closed() -> None:
+    for flight in list(_flights):
+        flight._loop_closed()
+
+
+def _after_fork_in_child() -> None:
+    for flight in list(_flights):
+        flight._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,358 @@
+"""Many keys in one call: some are in flight and are joined, one function finds all others.
+
+Every key has an execution of its own, so all other calls meet it as they meet any other. What is
+new here is that one caller leads and follows several at once. It runs what it leads before it waits
+for what it has joined; so two calls with overlapping keys never wait for each other. While it
+waits, any of the joined executions may end or may be handed over to it, in any order: it sleeps on
+one waiter for all of them and reads its news.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from threading import get_ident
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any
+
+from ._core import End, Execution, Shard, not_awaitable, refuse_coroutine
+from ._replica import Failure
+from ._waiting import (
+    Inbox,
+    LoopRun,
+    Sleeper,
+    Waiter,
+    begin_wait,
+    end_wait,
+    inside_a_run,
+)
+from .exceptions import FlightErrorGroup
+
+if TYPE_CHECKING:
+    from ._flight import ShardedFlight
+
+__all__ = ["do_many", "do_many_async"]
+
+
+class _KeyMissing(KeyError):
+    """What other callers of a key get that the function's mapping lacks."""
+
+
+class _Item:
+    """One key of a call."""
+
+    __slots__ = ("error", "execution", "found", "h", "led", "mine", "names", "shard")
+
+    def __init__(self, key: Any, h: int, shard: Shard) -> None:
+        #: What the caller calls it: more than one name if `build_key` makes one key of them.
+        self.names: list[Any] = []
+        self.h = h
+        self.shard = shard
+        self.mine = Execution()
+        self.mine.key = key
+        self.mine.waiters = None
+        self.execution = self.mine
+        self.led = False
+        #: The outcome: a value and whether it was shared, or an error, or neither: it is missing.
+        self.found: tuple[Any, bool] | None = None
+        self.error: Exception | None = None
+
+    def take_outcome(self) -> None:
+        """Reads the outcome of the joined execution."""
+        failure = self.execution.failure
+        if failure is None:
+            self.found = (self.execution.value, self.execution.shared)
+        else:
+            error = failure.replica()
+            if not isinstance(error, _KeyMissing):
+                assert isinstance(error, Exception)
+                self.error = error
+
+
+class _Batch:
+    """The keys of one call, and all that does not depend on how the call waits."""
+
+    def __init__(self, flight: "ShardedFlight", keys: Iterable[Hashable]) -> None:
+        self.flight = flight
+        self.items: list[_Item] = []
+        #: The executions that were joined and whose outcome is not known.
+        self.joined: dict[Execution, _Item] = {}
+        #: What the call's own function raised.
+        self.own_error: Exception | None = None
+        by_key: dict[Any, _Item] = {}
+        for name in keys:
+            key = flight._key((name,))
+            h = hash(key)
+            item = by_key.get(key)
+            if item is None:
+                item = by_key[key] = _Item(key, h, flight._shard_of(key, h))
+                self.items.append(item)
+            item.names.append(name)
+
+    def join(self, leader: Any, waiter: Waiter) -> list[_Item]:
+        """Joins or links all keys; returns those that the call leads."""
+        led = []
+        for item in self.items:
+            item.mine.leader = leader
+            item.execution = item.shard.join(item.h, item.mine, waiter)
+            item.led = item.execution is item.mine
+            if item.led:
+                led.append(item)
+            else:
+                self.joined[item.execution] = item
+        return led
+
+    def hear(self, news: list[tuple[Execution, bool]]) -> list[_Item]:
+        """Takes the news of joined executions; returns those that the call now leads."""
+        promoted = []
+        while news:
+            execution, leads = news.pop(0)
+            item = self.joined.pop(execution, None)
+            if item is None:
+                continue  # told twice
+            item.led = leads
+            if leads:
+                promoted.append(item)
+            else:
+                item.take_outcome()
+        return promoted
+
+    def check_deadlock(self, future: "asyncio.Future[Any] | None" = None) -> None:
+        """Raises DeadlockError if waiting for what was joined would never end."""
+        if self.joined:
+            begin_wait(self.items[0].shard, tuple(self.joined), future)
+            end_wait(future)
+
+    def end(self, items: list[_Item], leader: Any, found: object) -> None:
+        """The function has returned: each of `items` ends with its value, or as missing."""
+        answers = _answers(found, items)
+        for item in items:
+            name = item.names[0]
+            if name in answers:
+                self._conclude(item, leader, End.VALUE, answers[name])
+                item.found = (answers[name], item.execution.shared)
+            else:
+                self._conclude(item, leader, End.ERROR, _KeyMissing(name))
+
+    def fail(self, items: list[_Item], leader: Any, error: BaseException) -> None:
+        """The function has failed: so do all of `items`, or all are handed over."""
+        if not isinstance(error, Exception):
+            self.lose(items, leader)
+            return
+        traceback = error.__traceback__
+        if traceback is not None:
+            traceback = traceback.tb_next
+        for item in items:
+            self.flight._conclude(
+                item.execution, item.shard, item.h, leader, End.ERROR, error, traceback
+            )
+            item.error = error
+        self.own_error = error
+
+    def lose(self, items: Iterable[_Item], leader: Any) -> None:
+        """Hands over whatever `leader` still leads."""
+        for item in items:
+            self._conclude(item, leader, End.LOST, None)
+
+    def _conclude(self, item: _Item, leader: Any, end: End, value: Any) -> None:
+        self.flight._conclude(item.execution, item.shard, item.h, leader, end, value)
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """The caller goes: leaves what it has joined, hands over what it was to take over."""
+        for item in self.items:
+            self.flight._withdraw(item.shard, item.h, waiter)
+
+    def answer(self) -> dict[Any, tuple[Any, bool]]:
+        """The call's answer, once nothing is outstanding."""
+        found = {n: item.found for item in self.items if item.found is not None for n in item.names}
+        if any(item.error is not None and not item.led for item in self.items):
+            raise FlightErrorGroup(self._failures(), found)
+        if self.own_error is not None:
+            raise self.own_error
+        return found
+
+    def _failures(self) -> dict[Any, Exception]:
+        """One exception for each failed key. The own function's error is replicated for each."""
+        failed: dict[Any, Exception] = {}
+        for item in self.items:
+            if item.error is None:
+                continue
+            for name in item.names:
+                error = Failure(item.error, item.error.__traceback__).replica()
+                assert isinstance(error, Exception)
+                error.add_note(f"key: {name!r}")
+                failed[name] = error
+        return failed
+
+    def clear(self) -> None:
+        """Drops what a traceback must not keep alive: see `Failure`."""
+        self.items.clear()
+        self.joined.clear()
+        self.own_error = None
+
+
+def _answers(found: object, items: Sequence[_Item]) -> dict[Any, Any]:
+    if not isinstance(found, Mapping):
+        raise TypeError(f"the function must return a mapping of the found keys, not {found!r}")
+    names = [item.names[0] for item in items]
+    return {name: found[name] for name in names if name in found}
+
+
+def do_many(
+    flight: "ShardedFlight",
+    fn: Callable[[list[Any]], Mapping[Any, Any]],
+    keys: Iterable[Any],
+) -> dict[Any, tuple[Any, bool]]:
+    batch = _Batch(flight, keys)
+    sleeper = Sleeper()
+    me = get_ident()
+    try:
+        led = batch.join(me, sleeper)
+        batch.check_deadlock()
+        if led:
+            _lead(batch, led, me, fn)
+        while batch.joined:
+            begin_wait(batch.items[0].shard, tuple(batch.joined))
+            try:
+                sleeper.sleep()
+            finally:
+                end_wait()
+            promoted = batch.hear(sleeper.news)
+            if promoted:
+                _lead(batch, promoted, sleeper, fn)
+        return batch.answer()
+    except BaseException:
+        batch.withdraw(sleeper)
+        batch.lose(batch.items, me)
+        batch.lose(batch.items, sleeper)
+        raise
+    finally:
+        batch.clear()
+
+
+def _lead(
+    batch: _Batch,
+    items: list[_Item],
+    leader: Any,
+    fn: Callable[[list[Any]], Mapping[Any, Any]],
+) -> None:
+    """Runs `fn` for `items`. Its exceptions are kept in the batch; what is none is raised."""
+    try:
+        found: Any = fn([item.names[0] for item in items])
+        if type(found) is CoroutineType:
+            batch.lose(items, leader)
+            refuse_coroutine(found)
+        batch.end(items, leader, found)
+    except Exception as error:
+        if all(item.execution.leader != leader for item in items):
+            raise  # not the function's: it was refused
+        batch.fail(items, leader, error)
+
+
+async def do_many_async(
+    flight: "ShardedFlight",
+    fn: Callable[[list[Any]], Awaitable[Mapping[Any, Any]]],
+    keys: Iterable[Any],
+) -> dict[Any, tuple[Any, bool]]:
+    batch = _Batch(flight, keys)
+    loop = asyncio.get_running_loop()
+    flight._watch(loop)
+    inbox = Inbox(loop)
+    #: The runs of `fn`, each with what it leads, as long as their end has not been seen.
+    runs: dict[LoopRun, list[_Item]] = {}
+    run = LoopRun(loop)
+    try:
+        led = batch.join(run, inbox)
+        if inside_a_run.get():
+            batch.check_deadlock(inbox.bell())
+        if led:
+            runs[run] = led
+            _start(batch, run, inbox, led, fn)
+        while batch.joined or runs:
+            bell = inbox.bell()
+            if inside_a_run.get():
+                running = [item.execution for items in runs.values() for item in items]
+                begin_wait(batch.items[0].shard, (*batch.joined, *running), bell)
+                try:
+                    await bell
+                finally:
+                    end_wait(bell)
+            else:
+                await bell
+            promoted = batch.hear(inbox.news)
+            for ended in [run for run in runs if run.done]:
+                del runs[ended]
+                ended.outcome()  # raises what is this caller's alone
+            if promoted:
+                run = LoopRun(loop)
+                for item in promoted:
+                    item.shard.adopt(item.execution, inbox, run)
+                runs[run] = promoted
+                _start(batch, run, inbox, promoted, fn)
+        return batch.answer()
+    except GeneratorExit:
+        flight._on_a_thread(_leave, batch, inbox, run, runs)  # see ShardedFlight.do_async
+        raise
+    except BaseException:
+        _leave(batch, inbox, run, runs)
+        raise
+    finally:
+        if not runs:
+            batch.clear()
+
+
+def _start(
+    batch: _Batch,
+    run: LoopRun,
+    inbox: Inbox,
+    items: list[_Item],
+    fn: Callable[[list[Any]], Awaitable[Mapping[Any, Any]]],
+) -> None:
+    led = [(item.execution, item.shard, item.h) for item in items]
+    batch.flight._start(run, _run(batch, run, inbox, items, fn), *led)
+
+
+async def _run(
+    batch: _Batch,
+    run: LoopRun,
+    inbox: Inbox,
+    items: list[_Item],
+    fn: Callable[[list[Any]], Awaitable[Mapping[Any, Any]]],
+) -> None:
+    """The task of a run for many keys. What `fn` raises is kept in the batch."""
+    inside_a_run.set(True)
+    if run.task is None:  # begun at once, before its maker has it
+        run.task = asyncio.current_task()
+    run.pending = {item.execution for item in items}
+    try:
+        awaitable = fn([item.names[0] for item in items])
+        if not inspect.isawaitable(awaitable):
+            run.error = not_awaitable(awaitable)
+            batch.lose(items, run)
+            return
+        batch.end(items, run, await awaitable)
+    except BaseException as error:
+        if isinstance(error, GeneratorExit):
+            batch.flight._on_a_thread(batch.lose, items, run)
+        else:
+            batch.fail(items, run, error)
+        if not isinstance(error, Exception):
+            run.error = error
+        if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
+            raise
+    finally:
+        run.finish()
+        inbox.wake(run)
+        del run, batch, items  # the error's traceback holds this frame: see Failure
+
+
+def _leave(
+    batch: _Batch, inbox: Inbox, begun: LoopRun, runs: dict[LoopRun, list[_Item]]
+) -> None:
+    """The caller goes. Its runs go on for those keys that somebody else still wants."""
+    batch.withdraw(inbox)
+    for run, items in runs.items():
+        for item in () if run.done else items:
+            batch.flight._leave_leader(item.execution, item.shard, item.h, run)
+    if begun not in runs:
+        batch.lose(batch.items, begun)
+    runs.clear()

@@ -1,0 +1,106 @@
+"""One failure, raised by many callers: each gets an exception object of its own.
+
+Raising an exception writes to it: the traceback grows by every frame it passes, the context is set
+to what was being handled. When a thousand followers raise the leader's one object, each finds the
+tracks of the others in it. So every follower raises a replica: same type, arguments and
+attributes, and a traceback that begins where the leader failed.
+
+`copy.copy` will not do: it calls the class with `args`, which an `__init__` of a user's own need
+not accept. A replica is built below `__init__` and `__setattr__`: the built-in `__new__` makes an
+empty object of the type, and what the object holds is carried over slot by slot. C state
+(`OSError.errno`, `UnicodeDecodeError.start`) and `__slots__` are both found as descriptors of the
+classes, so one rule covers them.
+"""
+
+from types import BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, TracebackType
+from typing import Any
+
+__all__ = ["Failure"]
+
+
+class Failure:
+    """What an exception says, taken once, when the leader failed; makes replicas of it.
+
+    It is taken before the leader raises the exception to its own caller: what that caller adds to
+    its object (notes, attributes, a longer traceback) is not seen by anybody else.
+    """
+
+    __slots__ = ("_args", "_attributes", "_cause", "_context", "_error", "_inner", "_state", "_tb")
+
+    def __init__(self, error: BaseException, traceback: TracebackType | None) -> None:
+        kind = type(error)
+        #: The last resort of `replica`, and what tells the type.
+        self._error = error
+        self._tb = traceback
+        self._args = BaseException.args.__get__(error)  # type: ignore[attr-defined]
+        self._cause = BaseException.__cause__.__get__(error)  # type: ignore[attr-defined]
+        self._context = BaseException.__context__.__get__(error)  # type: ignore[attr-defined]
+        self._attributes: dict[str, Any] = _own_dict(error).copy()
+        notes = self._attributes.get("__notes__")
+        if isinstance(notes, list):
+            self._attributes["__notes__"] = notes.copy()
+        self._inner: tuple[Failure, ...] = ()
+        if isinstance(error, BaseExceptionGroup):
+            self._inner = tuple(Failure(e, e.__traceback__) for e in error.exceptions)
+        self._state = tuple(_slot_values(kind, error))
+
+    def replica(self) -> BaseException:
+        """A new exception that says the same, its traceback beginning where the leader failed.
+
+        Where a type cannot be made empty (an extension type without a usable `__new__`), the
+        leader's own object is returned: shared, but right.
+        """
+        error = self._empty()
+        if error is None:
+            return self._error.with_traceback(self._tb)
+        BaseException.args.__set__(error, self._args)  # type: ignore[attr-defined]
+        BaseException.__cause__.__set__(error, self._cause)  # type: ignore[attr-defined]
+        BaseException.__context__.__set__(error, self._context)  # type: ignore[attr-defined]
+        for descriptor, value in self._state:
+            try:
+                descriptor.__set__(error, value)
+            except (AttributeError, TypeError):
+                pass  # read-only: it was set when the object was made
+        attributes = _own_dict(error)
+        attributes.update(self._attributes)
+        if "__notes__" in attributes:
+            attributes["__notes__"] = list(attributes["__notes__"])
+        BaseException.__traceback__.__set__(error, self._tb)  # type: ignore[attr-defined]
+        return error
+
+    def _empty(self) -> BaseException | None:
+        kind = type(self._error)
+        arguments: tuple[Any, ...] = ()
+        if self._inner:
+            group = self._error
+            assert isinstance(group, BaseExceptionGroup)
+            arguments = (group.message, [failure.replica() for failure in self._inner])
+        for base in kind.__mro__:
+            new = vars(base).get("__new__")
+            if isinstance(new, BuiltinFunctionType):
+                try:
+                    made: BaseException = new(kind, *arguments)
+                except TypeError:
+                    continue  # "not safe": the layout is that of another base
+                if type(made) is kind:
+                    return made
+        return None
+
+
+def _own_dict(error: BaseException) -> dict[str, Any]:
+    # Not vars(): a class may answer `__dict__` or `__getattribute__` in its own way.
+    own: dict[str, Any] = BaseException.__dict__["__dict__"].__get__(error)
+    return own
+
+
+def _slot_values(kind: type[BaseException], error: BaseException) -> Any:
+    """The filled slots of `error` outside its `__dict__`: those of C and of `__slots__` alike."""
+    for base in kind.__mro__:
+        for name, descriptor in vars(base).items():
+            if isinstance(descriptor, MemberDescriptorType) or (
+                isinstance(descriptor, GetSetDescriptorType) and not name.startswith("__")
+            ):
+                try:
+                    yield descriptor, descriptor.__get__(error)
+                except AttributeError:
+                    pass  # empty

@@ -1,0 +1,141 @@
+"""The command line of the demo: its options, and a sentence for each value that cannot be.
+
+Standard library and ShardedFlight only, so that `--help` works without the extra.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from shardedflight import InvalidShardsError, ShardedFlight
+
+PROGRAM = "shardedflight demo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user chose."""
+
+    #: Seconds of load on each route.
+    duration: float
+    #: Concurrent connections.
+    clients: int
+    #: Different items that the clients ask for.
+    keys: int
+    #: Shards of the flight; None leaves the choice to ShardedFlight.
+    shards: int | None
+    #: Rows in the database.
+    rows: int
+    #: Where the server listens; 0 is any free port.
+    port: int
+    #: Where the report goes.
+    report: Path
+    #: Decides the rows and which client asks for what.
+    seed: int
+    #: One JSON document on standard output instead of a table.
+    json: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: {message}\n")
+
+
+def _whole(lowest: int, highest: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not lowest <= number <= highest:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} will not do, give a whole number from {lowest} to {highest}"
+            )
+        return number
+
+    return convert
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    # NaN is in no interval.
+    if not 0.1 <= number <= 600:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} will not do, give a number of seconds from 0.1 to 600"
+        )
+    return number
+
+
+def _shards(text: str) -> int:
+    try:
+        return ShardedFlight(int(text)).shards
+    except InvalidShardsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} will not do, give a power of two such as 1, 4 or 16"
+        ) from None
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Reads the options; exits with status 2 and a sentence if one of them cannot be."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Starts an HTTP API over a SQLite database, fires the same load at a route "
+        "that queries directly and at one that goes through a flight, and compares the two.",
+        allow_abbrev=False,
+    )
+
+    def add(name: str, convert: Callable[[str], object], default: object, text: str) -> None:
+        shown = text if default is None else f"{text} (default: {default})"
+        parser.add_argument(name, metavar="N", type=convert, default=default, help=shown)
+
+    add("--duration", _seconds, 15.0, "seconds of load on each route")
+    add("--clients", _whole(1, 2_000), 200, "concurrent connections")
+    add("--keys", _whole(1, 1_000_000), 200, "different items that the clients ask for")
+    add(
+        "--shards",
+        _shards,
+        None,
+        "shards of the flight, a power of two (default: ShardedFlight's own)",
+    )
+    add("--rows", _whole(1, 10_000_000), 100_000, "rows in the database")
+    add("--port", _whole(0, 65_535), 0, "where the server listens; 0 is any free port")
+    add("--seed", _whole(0, 2**63 - 1), 1, "decides the rows and which client asks for what")
+    parser.add_argument(
+        "--report",
+        metavar="PATH",
+        type=Path,
+        default=Path("shardedflight-demo.html"),
+        help="where the report goes, one HTML file (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the demo and returns the exit status."""
+    options = parse(arguments)
+    if os.name != "posix":
+        sys.stderr.write(
+            f"{PROGRAM}: the server inherits a listening socket, which takes a POSIX system\n"
+        )
+        return 1
+    # After the options: the parts of the extra take a while to import, and may be missing.
+    from shardedflight.demo.errors import DemoError  # noqa: PLC0415
+    from shardedflight.demo.run import run  # noqa: PLC0415
+
+    try:
+        return run(options)
+    except DemoError as problem:
+        sys.stderr.write(f"{PROGRAM}: {problem}\n")
+        return 1

@@ -1,0 +1,120 @@
+"""Conducts the demo: checks, database, server, load, report, table."""
+
+import asyncio
+import json
+import signal
+import socket
+import sqlite3
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+
+from shardedflight.demo import report, summary
+from shardedflight.demo.command import Options
+from shardedflight.demo.control import answering
+from shardedflight.demo.database import build
+from shardedflight.demo.errors import DemoError
+from shardedflight.demo.figures import Figures
+from shardedflight.demo.measure import measure
+from shardedflight.demo.process import allow_open_files, listen, serving
+from shardedflight.demo.progress import Display, display_on
+from shardedflight.demo.server import WORKERS
+
+#: Open files beside the connections: event loops, logs, the interpreter's own.
+_SPARE_FILES = 64
+
+
+def run(options: Options) -> int:
+    """Runs the demo and returns the exit status; 128 + n if signal n ended it."""
+    return asyncio.run(_until_stopped(options))
+
+
+async def _until_stopped(options: Options) -> int:
+    loop = asyncio.get_running_loop()
+    demo = asyncio.ensure_future(_demo(options))
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        # The first only: another one must not disturb the clearing up.
+        if not received:
+            received.append(number)
+            demo.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # What nohup had ignored stays ignored.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, stop, number)
+    await asyncio.wait([demo])
+    if demo.cancelled() and received:
+        return 128 + received[0]
+    return demo.result()
+
+
+async def _demo(options: Options) -> int:
+    destination = report.destination(options.report)
+    allow_open_files(options.clients + WORKERS + _SPARE_FILES)
+    with (
+        listen(options.port) as listener,
+        display_on(Console(stderr=True)) as display,
+    ):
+        host, port = listener.getsockname()
+        address = f"http://{host}:{port}"
+        figures = await _measure(options, listener, address, display)
+        display.begin("Report")
+        # In a thread, for the display and a signal to be attended to meanwhile.
+        page = await asyncio.to_thread(report.page, figures, options, address)
+        report.save(page, destination)
+        display.end(f"{len(page) // 1024:,} KB")
+    if options.json:
+        document = summary.as_json(figures, options)
+        document |= {"address": address, "report": str(destination)}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        console = Console()
+        console.print(summary.table(figures))
+        console.print(f"Served at {address}", highlight=False)
+        console.print(f"Report: {destination}", highlight=False, soft_wrap=True)
+    if figures.failed:
+        raise DemoError(summary.failures(figures))
+    return 0
+
+
+async def _measure(
+    options: Options, listener: socket.socket, address: str, display: Display
+) -> Figures:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="shardedflight-demo-")
+    except OSError as error:
+        raise DemoError(f"no temporary directory ({error.strerror}): set TMPDIR to one") from None
+    with temporary as name:
+        directory = Path(name)
+        database = directory / "sales.sqlite"
+        await _build(database, options, display)
+        display.begin("Server")
+        async with serving(
+            listener, database=database, shards=options.shards, log=directory / "server.log"
+        ) as server:
+            await server.while_it_runs(answering(address))
+            display.end(f"{address} (process {server.pid})")
+            return await server.while_it_runs(measure(address, options, display))
+
+
+async def _build(database: Path, options: Options, display: Display) -> None:
+    display.begin("Database")
+    with closing(
+        build(database, rows=options.rows, items=options.keys, seed=options.seed)
+    ) as steps:
+        try:
+            for rows in steps:
+                display.show(rows / options.rows, f"{rows:,} rows")
+                # For the display and a signal to be attended to.
+                await asyncio.sleep(0)
+        except sqlite3.Error as error:
+            raise DemoError(
+                f"the database cannot be built in {database.parent} ({error}): "
+                "set TMPDIR to another directory, or ask for fewer --rows"
+            ) from None
+    display.end(f"{options.rows:,} rows")

@@ -1,0 +1,41 @@
+"""What holds for every test.
+
+pytest imports test modules by path (`--import-mode=importlib`), so they need no package and their
+names may repeat; `pythonpath = ["tests"]` is what makes `from support import spawn` work in them.
+A test has 120 seconds, then pytest-timeout prints the stacks of all threads and ends the run.
+Every warning is an error, and so are exceptions that nobody could catch: in `__del__`, in a thread.
+"""
+
+import sys
+import sysconfig
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes depends on the machine: what hangs is ended by the timeout above.
+settings.register_profile(
+    "shardedflight",
+    parent=settings(),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("shardedflight")
+
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
+def gil_is_on() -> bool:
+    return not FREE_THREADED or sys._is_gil_enabled()  # type: ignore[attr-defined]
+
+
+def pytest_report_header() -> str:
+    return f"CPython {sys.version.split()[0]}, GIL {'on' if gil_is_on() else 'off'}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gil_stays_off() -> Iterator[None]:
+    """On a free-threaded build no test counts that ran with the GIL: an import may turn it on."""
+    assert not FREE_THREADED or not gil_is_on(), "the GIL is on before the first test"
+    yield
+    assert not FREE_THREADED or not gil_is_on(), "something that the tests import turned the GIL on"
