@@ -2,7 +2,8 @@
 
 pytest imports test modules by path (`--import-mode=importlib`), so they need no package and their
 names may repeat; `pythonpath = ["tests"]` is what makes `from support import spawn` work in them.
-A test has 120 seconds, then pytest-timeout prints the stacks of all threads and ends the run.
+A test has 120 seconds, then pytest-timeout prints the stacks of all threads and ends the run; if
+not even that can run, faulthandler does it 30 seconds later.
 Every warning is an error, and so are exceptions that nobody could catch: in `__del__`, in a thread.
 """
 

@@ -896,8 +896,10 @@ def test_cancelling_against_settling() -> None:
                 assert future.cancelled()
             else:
                 assert future.result(PATIENCE) == ("v", True)
-        served = 1 + sum(not future.cancelled() for future in futures)
-        assert led.result(PATIENCE) == ("v", served > 1)
+        # Who cancels between the end and being told of it has been counted.
+        value, shared = led.result(PATIENCE)
+        assert value == "v"
+        assert shared or all(future.cancelled() for future in futures)
     assert (flight.in_flight(), flight.stats().waiting) == (0, 0)
 
 

@@ -102,7 +102,10 @@ class Book:
                 self.left += 1
             elif isinstance(outcome, LookupError):
                 assert outcome.args[0] == key
-            elif not isinstance(outcome, Lost):
+            elif isinstance(outcome, BaseException):
+                if not isinstance(outcome, Lost):
+                    raise outcome
+            else:
                 (answered, run), shared = outcome
                 assert answered == key
                 self.answers.setdefault(run, []).append(shared)

@@ -39,7 +39,7 @@ The shape of it, one record per running key, is that of Go's `singleflight.go`
 
 import enum
 import itertools
-import math
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from inspect import CO_COROUTINE
@@ -49,7 +49,7 @@ from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from ._replica import Failure
 
-__all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout"]
+__all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout", "public_key"]
 
 T = TypeVar("T")
 
@@ -61,6 +61,7 @@ class End(enum.Enum):
 
     VALUE = "value"
     ERROR = "error"  # the function raised an Exception: everybody's outcome
+    MISSING = "missing"  # a function for many keys found nothing for this one: a KeyError for all
     LOST = "lost"  # anything else: the leader's alone, a waiter takes over
     ABANDONED = "abandoned"  # the last caller had left
 
@@ -136,14 +137,20 @@ class Execution:
         Raises:
             Exception: A replica of the leader's error.
         """
-        failure = self.failure
-        if failure is None:
+        if self.end is End.VALUE:
             return self.value, self.shared
-        error = failure.replica()
+        error = self.error()
         try:
             raise error
         finally:
             del error  # or this frame and the error would keep each other alive
+
+
+    def error(self) -> BaseException:
+        """A follower's own exception, if the end was not a value."""
+        if self.end is End.MISSING:
+            return KeyError(public_key(self.key))
+        return cast("Failure", self.failure).replica()
 
 
 class Shard:
@@ -163,17 +170,9 @@ class Shard:
         "started",
         "table",
         "timeouts",
-        "waiting",
     )
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Empties the shard, with a lock that nobody holds. For a new one, and after a fork.
-
-        The dicts are new objects: a function that itself forked still unlinks from the old one.
-        """
         self.lock = threading.Lock()
         self.table: dict[int, Execution] = {}
         self.overflow: dict[int, list[Execution]] = {}
@@ -184,7 +183,17 @@ class Shard:
         self._started_reads = 0
         self.shared = self.errors = self.promotions = self.timeouts = 0
         self.abandoned = self.forgotten = self.deadlocks = 0
-        self.waiting = 0
+
+    def orphan(self) -> None:
+        """After a fork, in the child: the threads that knew this shard are gone.
+
+        The one that called fork may be inside a leader's function, and will end its execution
+        here. It shall find a lock that nobody holds, and nobody to wake.
+        """
+        self.lock = threading.Lock()
+        for _, execution in self.executions():
+            if execution.waiters:
+                execution.waiters = {}
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -200,11 +209,21 @@ class Shard:
                 found += [(h, execution) for execution in group]
         return found
 
+    def waiting(self) -> int:
+        """How many followers wait now. Counted when asked: nobody has to keep a count right."""
+        found = 0
+        for _, execution in self.executions():
+            waiters = execution.waiters
+            if waiters is not None and execution.end is None:
+                found += len(waiters)
+        return found
+
     def count_started(self) -> int:
-        """How many executions were ever started here. Under the lock."""
-        # A count can only be read by counting: take the readings off.
-        self._started_reads += 1
-        return next(self.started) - self._started_reads + 1
+        """How many executions were ever started here, by leaders and by those who took over."""
+        with self.lock:
+            # A count can only be read by counting: take the readings off.
+            self._started_reads += 1
+            return next(self.started) - self._started_reads + 1 + self.promotions
 
     def holders(self, h: int) -> list[Execution]:
         """All executions with this hash, those in overflow first."""
@@ -238,10 +257,12 @@ class Shard:
             with self.lock:
                 if changes != self.overflow_changes:
                     continue
+                # What others have touched in the meantime may have followers: it has to lead. There
+                # is a match beside it only if it was forgotten since.
+                if head is mine and (match is None or mine.waiters is not None):
+                    next(self.started)
+                    return mine
                 if match is None:
-                    if head is mine:
-                        next(self.started)
-                        return mine
                     if self._link_beside(h, mine, head):
                         next(self.started)
                         return mine
@@ -252,13 +273,11 @@ class Shard:
                     waiters[waiter] = None
                     if match is not head:
                         if head is mine:
-                            # Nobody has joined it: all who look prefer the one in overflow.
                             del table[h]
                     # Not `get`: on builds without the GIL it takes no lock, and is no fence.
                     elif table.setdefault(h, mine) is not head:
                         del waiters[waiter]
                         continue
-                    self.waiting += 1
                     return match
 
     def _match(
@@ -324,10 +343,9 @@ class Shard:
         """
         with self.lock:
             waiters = execution.waiters
-            if execution.end is not None or waiters is None or waiter not in waiters:
+            if waiters is None or execution.end is not None or waiter not in waiters:
                 return False, None
             del waiters[waiter]
-            self.waiting -= 1
             return True, self._deserted(execution) if cancel else None
 
     def leave_leader(
@@ -388,8 +406,8 @@ class Shard:
         end: End,
         value: Any = None,
         traceback: TracebackType | None = None,
-    ) -> Any:
-        """The leader's run has ended.
+    ) -> None:
+        """The leader's run has ended: so has the execution, or a waiter leads it from now on.
 
         Args:
             execution: What `leader` leads. An end that comes from anybody else changes nothing.
@@ -398,44 +416,54 @@ class Shard:
             end: How.
             value: The value, or the exception.
             traceback: Where the exception was raised.
-
-        Returns:
-            The waiter that leads from now on, if the leader was lost and somebody waits; or None.
         """
         with self.lock:
             self.touch(execution, h)
-            if execution.leader != leader:
-                return None
+            if execution.leader is None or execution.leader != leader:
+                return
             waiters = cast("dict[Any, None]", execution.waiters)
+            # All calls come first: a signal handler's exception strikes at calls only, and what
+            # is assigned after the last of them is assigned as a whole.
             if end is End.LOST and waiters:
                 heir = next(iter(waiters))
                 del waiters[heir]
-                self.waiting -= 1
                 self.promotions += 1
-                next(self.started)
                 execution.attended = True
                 execution.leader = heir
-                return heir
+                return
+            served = len(waiters)
+            failure = Failure(value, traceback) if end is End.ERROR and waiters else None
             self._unlink(execution, h)
             execution.leader = None
             if execution.end is None:
-                execution.shared = len(waiters) + execution.attended > 1
-                if end is End.ERROR:
-                    self.errors += 1
-                    if waiters:
-                        execution.failure = Failure(value, traceback)
-                else:
+                execution.shared = served + execution.attended > 1
+                execution.failure = failure
+                if end is End.VALUE:
                     execution.value = value
+                elif end is End.ERROR:
+                    self.errors += 1
+                self.shared += served
                 execution.end = end
-                self.shared += len(waiters)
-                self.waiting -= len(waiters)
-            return None
 
     def _unlink(self, execution: Execution, h: int) -> None:
         if self.table.get(h) is execution:
             del self.table[h]
         else:
             self._remove_from_overflow(execution, h)
+
+
+class LonePart(tuple[Any]):
+    """The key of a call with one part that is a tuple: that part, wrapped.
+
+    Several parts, or none, are the tuple of themselves, never of length 1: so the two never meet.
+    """
+
+    __slots__ = ()
+
+
+def public_key(key: Any) -> Any:
+    """The key as its user knows it."""
+    return key[0] if type(key) is LonePart else key
 
 
 class Core:
@@ -449,10 +477,13 @@ class Core:
     ) -> None:
         self._build_key = build_key
         self._hash = hash
-        self._shards = tuple(Shard() for _ in range(shards))
         self._shift = 64 - (shards - 1).bit_length()
+        self._make_shards(shards)
+
+    def _make_shards(self, shards: int) -> None:
+        self._shards = tuple(Shard() for _ in range(shards))
         #: The only shard, where there is only one and no hook to be asked.
-        self._single = self._shards[0] if shards == 1 and hash is None else None
+        self._single = self._shards[0] if shards == 1 and self._hash is None else None
 
     @property
     def shards(self) -> int:
@@ -462,11 +493,9 @@ class Core:
     def _key(self, parts: tuple[Any, ...]) -> Any:
         if self._build_key is not None:
             return self._build_key(*parts)
-        # Two or more parts, or none, are their own tuple. A single part is itself; but a single
-        # tuple stays inside its 1-tuple, which no other call's parts can equal.
-        if len(parts) == 1 and not isinstance(parts[0], tuple):
-            return parts[0]
-        return parts
+        if len(parts) != 1:
+            return parts
+        return LonePart(parts) if isinstance(parts[0], tuple) else parts[0]
 
     def _shard_of(self, key: Any, h: int) -> Shard:
         if self._single is not None:
@@ -476,6 +505,7 @@ class Core:
             # Fibonacci hashing (Knuth, TAOCP 3, 6.4): the product's top bits depend on all bits
             # of h, so ints, which hash to themselves, spread whatever their step.
             return self._shards[(h * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> self._shift]
+        key = public_key(key)
         index = hook(key)
         if not isinstance(index, int):
             raise TypeError(f"hash must return an int, and returned {index!r} for the key {key!r}")
@@ -510,7 +540,7 @@ class Core:
         elif len(parts) == 1:
             key = parts[0]
             if type(key) is not str and isinstance(key, tuple):
-                key = parts
+                key = LonePart(parts)
         else:
             key = parts
         h = hash(key)
@@ -522,8 +552,9 @@ class Core:
         me = execution.leader = get_ident()
         execution.waiters = None
         table = shard.table
-        # All in one try, so that an exception out of a signal handler finds it whole wherever it
-        # strikes: CPython runs handlers at calls, and everything from the link on is inside.
+        # CPython runs signal handlers at calls, and what they raise can strike at every call below.
+        # So all of them, from the link on, are inside of one try, and the clean-up is made of steps
+        # that may be done twice, and is done again when it is itself interrupted.
         try:
             if table.setdefault(h, execution) is execution and not shard.overflow:
                 next(shard.started)
@@ -538,9 +569,14 @@ class Core:
                 return value, execution.shared
             return self._follow(shard, h, execution, fn, timeout)
         except BaseException as error:
-            if shard.table.get(h) is execution or execution.waiters is not None:
+            try:
+                if table.get(h) is execution or execution.waiters is not None:
+                    self._fail(execution, shard, h, me, error)
+            except BaseException:
                 self._fail(execution, shard, h, me, error)
-            del execution  # the traceback holds this frame: see Failure
+                raise
+            finally:
+                del execution  # the traceback holds this frame: see Failure
             raise
 
     def _fail(
@@ -580,6 +616,12 @@ class Core:
         raise NotImplementedError
 
 
+def gil_enabled() -> bool:
+    """Whether the interpreter runs one thread at a time."""
+    ask = getattr(sys, "_is_gil_enabled", None)  # CPython 3.13 and later
+    return True if ask is None else bool(ask())
+
+
 def refuse_coroutine_function(fn: Any) -> None:
     """Raises TypeError if a synchronous method was plainly given a coroutine function.
 
@@ -609,5 +651,5 @@ def check_timeout(timeout: object) -> None:
     """Raises TypeError or ValueError unless `timeout` is a number of seconds, 0 or more."""
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
-    if math.isnan(timeout) or timeout < 0:
+    if not timeout >= 0:  # NaN is neither
         raise ValueError(f"timeout must be 0 seconds or more, not {timeout!r}")

@@ -18,15 +18,13 @@ from types import CoroutineType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from . import _many
-from ._core import Core, End, Execution, OnAbandon, Run, Shard, not_awaitable, refuse_coroutine
-from ._core import refuse_coroutine_function
+from ._core import Core, End, Execution, OnAbandon, Run, Shard, gil_enabled, not_awaitable, refuse_coroutine
+from ._core import public_key, refuse_coroutine_function
+from ._deadlock import begin_wait, current_run, end_wait, leading_code
 from ._waiting import (
     LoopRun,
     Sleeper,
     Waiter,
-    begin_wait,
-    end_wait,
-    inside_a_run,
     loop_of,
     offer,
     wake_all,
@@ -53,7 +51,8 @@ _EAGER: Mapping[str, bool] = {"eager_start": True} if sys.version_info >= (3, 12
 class Stats:
     """A snapshot of a flight: running totals and, from `in_flight` on, gauges.
 
-    Each shard is read at one moment; the shards are read one after another.
+    The figures are read one after another while the flight goes on: each is right, and together
+    they are of one moment only if nothing happens meanwhile.
 
     Attributes:
         executions: Executions started: leaders, and followers that took over.
@@ -120,7 +119,7 @@ class ShardedFlight(Core):
         name: str | None = None,
     ) -> None:
         if shards is None:
-            shards = _SHARDS_GIL if _gil_enabled() else _SHARDS_FREE_THREADED
+            shards = _SHARDS_GIL if gil_enabled() else _SHARDS_FREE_THREADED
         if type(shards) is not int or shards < 1 or shards & (shards - 1):
             raise InvalidShardsError(shards)
         for hook, what in ((build_key, "build_key"), (hash, "hash")):
@@ -163,23 +162,31 @@ class ShardedFlight(Core):
                         if self._leave(shard, execution, sleeper):
                             with shard.lock:
                                 shard.timeouts += 1
-                            raise FlightTimeout(
-                                f"waited {timeout} s for the execution of {execution.key!r}"
-                            )
+                            wanted = public_key(execution.key)
+                            raise FlightTimeout(f"waited {timeout} s for the execution of {wanted!r}")
                         sleeper.sleep()
                 finally:
                     end_wait()
-                if not sleeper.news[0][1]:
+                leads = sleeper.news[0][1]
+                sleeper.news.clear()  # they hold the execution, which holds the sleeper
+                if not leads:
                     return execution.outcome()
         except BaseException:
-            self._withdraw(shard, h, sleeper)
-            del execution, mine, sleeper  # the traceback holds this frame: see Failure
+            try:
+                self._withdraw(shard, h, sleeper, execution)
+            except BaseException:  # interrupted: see Core.do
+                self._withdraw(shard, h, sleeper, execution)
+                raise
+            finally:
+                del execution, mine, sleeper  # the traceback holds this frame: see Failure
             raise
-        leader = mine.leader if execution is mine else sleeper
+        me = sleeper.thread
         try:
-            return self._lead(execution, shard, h, leader, fn)
+            if execution is not mine:
+                shard.adopt(execution, sleeper, me)
+            return self._lead(execution, shard, h, me, fn)
         finally:
-            del execution, mine, sleeper, leader
+            del execution, mine, sleeper
 
     def _lead(
         self, execution: Execution, shard: Shard, h: int, leader: Any, fn: Callable[[], T]
@@ -193,10 +200,14 @@ class ShardedFlight(Core):
             self._conclude(execution, shard, h, leader, End.VALUE, value)
             return value, execution.shared
         except BaseException as error:
-            self._fail(execution, shard, h, leader, error)
+            try:
+                self._fail(execution, shard, h, leader, error)
+            except BaseException:  # interrupted: see Core.do
+                self._fail(execution, shard, h, leader, error)
+                raise
             raise
         finally:
-            del execution, leader
+            del execution
 
     # -- coroutines -------------------------------------------------------------------------------
 
@@ -242,7 +253,7 @@ class ShardedFlight(Core):
                 if execution is not mine:
                     if id(loop) not in watched_loops:
                         watch_loop(loop, _loop_closed)
-                    if inside_a_run.get():
+                    if current_run.get() is not None or execution.leader == get_ident():
                         begin_wait(shard, (execution,), waiter)
                         try:
                             promoted = await waiter
@@ -260,7 +271,7 @@ class ShardedFlight(Core):
                 run.bell = loop.create_future()
                 if id(loop) not in watched_loops:
                     watch_loop(loop, _loop_closed)
-                if inside_a_run.get():
+                if current_run.get() is not None:
                     begin_wait(shard, (execution,), run.bell)
                     try:
                         await run.bell
@@ -315,7 +326,7 @@ class ShardedFlight(Core):
         fn: Callable[[], Awaitable[Any]],
     ) -> None:
         """The task of an execution. Raises only what tells its loop that it was cancelled."""
-        inside_a_run.set(True)
+        current_run.set(run)
         if run.task is None:  # begun at once, before its maker has it
             run.task = asyncio.current_task()
         try:
@@ -354,7 +365,7 @@ class ShardedFlight(Core):
     ) -> None:
         """A coroutine goes, at whatever point it was. What is over already is not disturbed."""
         if waiter is not None:
-            self._withdraw(shard, h, waiter)
+            self._withdraw(shard, h, waiter, execution)
         if run is None or run.done:
             return
         if run.task is None:
@@ -401,7 +412,7 @@ class ShardedFlight(Core):
             if execution is mine:
                 future.submit(execution)
         except BaseException:
-            self._withdraw(shard, h, future)
+            self._withdraw(shard, h, future, execution)
             self._conclude(mine, shard, h, future, End.LOST)
             raise
         return future
@@ -471,23 +482,6 @@ class ShardedFlight(Core):
         value: Any = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        try:
-            self._settle_and_tell(execution, shard, h, leader, end, value, traceback)
-        except BaseException:
-            # Interrupted by a signal handler. Every step may be done twice, but must be done.
-            self._settle_and_tell(execution, shard, h, leader, end, value, traceback)
-            raise
-
-    def _settle_and_tell(
-        self,
-        execution: Execution,
-        shard: Shard,
-        h: int,
-        leader: Any,
-        end: End,
-        value: Any,
-        traceback: TracebackType | None,
-    ) -> None:
         while True:
             shard.settle(execution, h, leader, end, value, traceback)
             if execution.end is not None:
@@ -512,9 +506,13 @@ class ShardedFlight(Core):
         if unwanted is not None:
             unwanted.abandon(execution)
 
-    def _withdraw(self, shard: Shard, h: int, waiter: Any) -> None:
-        """A follower goes, whatever it had joined, even if it was to take over."""
-        for execution in shard.holders(h):
+    def _withdraw(self, shard: Shard, h: int, waiter: Any, joined: Execution) -> None:
+        """A follower goes, even if it was to take over.
+
+        Usually it had joined `joined`. If it was interrupted while it joined, nobody has told it
+        what: it is looked for.
+        """
+        for execution in {joined, *shard.holders(h)}:
             if not self._leave(shard, execution, waiter) and execution.leader is waiter:
                 self._conclude(execution, shard, h, waiter, End.LOST)
 
@@ -541,17 +539,20 @@ class ShardedFlight(Core):
 
     def stats(self) -> Stats:
         """A snapshot of the totals and gauges."""
-        totals = dict.fromkeys(_COUNTED, 0)
-        executions = 0
-        per_shard = []
-        for shard in self._shards:
-            with shard.lock:
-                executions += shard.count_started()
-                per_shard.append(shard.running())
-                for name in _COUNTED:
-                    totals[name] += getattr(shard, name)
+        shards = self._shards
+        per_shard = tuple(shard.running() for shard in shards)
         return Stats(
-            executions=executions, in_flight=sum(per_shard), per_shard=tuple(per_shard), **totals
+            executions=sum(shard.count_started() for shard in shards),
+            shared=sum(shard.shared for shard in shards),
+            errors=sum(shard.errors for shard in shards),
+            promotions=sum(shard.promotions for shard in shards),
+            timeouts=sum(shard.timeouts for shard in shards),
+            abandoned=sum(shard.abandoned for shard in shards),
+            forgotten=sum(shard.forgotten for shard in shards),
+            deadlocks=sum(shard.deadlocks for shard in shards),
+            in_flight=sum(per_shard),
+            waiting=sum(shard.waiting() for shard in shards),
+            per_shard=per_shard,
         )
 
     def __repr__(self) -> str:
@@ -584,7 +585,8 @@ class ShardedFlight(Core):
 
     def _after_fork_in_child(self) -> None:
         for shard in self._shards:
-            shard.reset()
+            shard.orphan()
+        self._make_shards(len(self._shards))
         self._own_executor = None
         self._executor_lock = threading.Lock()
 
@@ -609,16 +611,21 @@ class FlightFuture(Future[Any], Run, Waiter):
 
     def submit(self, execution: Execution) -> None:
         """Has `fn` run by the executor, to lead `execution`."""
-        work = self._flight._submit(self._lead, execution)
+        job = [(self, execution)]
+        work = self._flight._submit(_work, job)
         self._work = work
-        work.add_done_callback(partial(self._dropped, execution))
+        work.add_done_callback(partial(_work_is_done, job))
 
-    def _dropped(self, execution: Execution, work: "Future[None]") -> None:
-        if work.cancelled():  # by whoever shut the executor down, or by abandon
-            self._flight._conclude(execution, *self.place, self, End.LOST)
-            super().cancel()
+    def dropped(self, execution: Execution) -> None:
+        """The executor will not run the function."""
+        super().cancel()
+        # By whoever shuts the executor down, with its lock held: another thread has to hand over,
+        # for that may mean to submit.
+        flight = self._flight
+        flight._on_a_thread(flight._conclude, execution, *self.place, self, End.LOST)
 
-    def _lead(self, execution: Execution) -> None:
+    def lead(self, execution: Execution) -> None:
+        """Runs the function on this thread of the executor."""
         flight, (shard, h) = self._flight, self.place
         me = self.thread = get_ident()
         try:
@@ -637,18 +644,18 @@ class FlightFuture(Future[Any], Run, Waiter):
             del self, execution  # the error's traceback holds this frame, and self the error
 
     def abandon(self, execution: Execution) -> None:
-        if self._work is not None:
-            self._work.cancel()
+        work = self._work
+        if work is not None and work.cancel():
+            self._flight._conclude(execution, *self.place, self, End.LOST)
 
     # As a follower.
 
     def wake(self, execution: Execution) -> None:
-        failure = execution.failure
-        with contextlib.suppress(InvalidStateError):
-            if failure is None:
+        with contextlib.suppress(InvalidStateError):  # cancelled, or told twice
+            if execution.end is End.VALUE:
                 self.set_result((execution.value, execution.shared))
             else:
-                self.set_exception(failure.replica())
+                self.set_exception(execution.error())
 
     def take_over(self, execution: Execution) -> bool:
         if self.cancelled():
@@ -675,9 +682,14 @@ class FlightFuture(Future[Any], Run, Waiter):
         """As `concurrent.futures.Future.result`; also raises `DeadlockError`."""
         try:
             self._begin_wait()
-            return super().result(timeout)
+            # The base asks an exception for its truth, and takes a falsy one for none.
+            error = super().exception(timeout)
+            if error is not None:
+                raise error
+            return super().result()
         finally:
             end_wait()
+            error = None
             del self  # as the base does: the error's traceback holds this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -693,24 +705,26 @@ class FlightFuture(Future[Any], Run, Waiter):
             begin_wait(self.place[0], (self.joined,))
 
 
+# The executor's frames and futures hold what they were given, and the error's traceback holds those
+# frames. So they are given a list, out of which the job is taken.
+
+
+def _work(job: list[tuple[FlightFuture, Execution]]) -> None:
+    future, execution = job.pop()
+    try:
+        future.lead(execution)
+    finally:
+        del future, execution
+
+
+def _work_is_done(job: list[tuple[FlightFuture, Execution]], work: "Future[None]") -> None:
+    if work.cancelled() and job:
+        future, execution = job.pop()
+        if execution.waiters is None or execution.end is None:  # not abandoned
+            future.dropped(execution)
+
+
 # -- helpers --------------------------------------------------------------------------------------
-
-_COUNTED = (
-    "shared",
-    "errors",
-    "promotions",
-    "timeouts",
-    "abandoned",
-    "forgotten",
-    "deadlocks",
-    "waiting",
-)
-
-
-def _gil_enabled() -> bool:
-    ask = getattr(sys, "_is_gil_enabled", None)  # CPython 3.13 and later
-    return True if ask is None else bool(ask())
-
 
 def _check_executor(executor: object) -> None:
     if not isinstance(executor, Executor) and not callable(getattr(executor, "submit", None)):
@@ -722,6 +736,8 @@ def _check_executor(executor: object) -> None:
             "ThreadPoolExecutor"
         )
 
+
+leading_code.add(ShardedFlight._lead.__code__)
 
 #: All flights, for what concerns the whole process.
 _flights: "weakref.WeakSet[ShardedFlight]" = weakref.WeakSet()

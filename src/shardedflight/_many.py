@@ -12,18 +12,16 @@ import inspect
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from threading import get_ident
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Shard, not_awaitable, refuse_coroutine
+from ._deadlock import begin_wait, check_wait, current_run, end_wait, leading_code
 from ._replica import Failure
 from ._waiting import (
     Inbox,
     LoopRun,
     Sleeper,
     Waiter,
-    begin_wait,
-    end_wait,
-    inside_a_run,
 )
 from .exceptions import FlightErrorGroup
 
@@ -31,10 +29,6 @@ if TYPE_CHECKING:
     from ._flight import ShardedFlight
 
 __all__ = ["do_many", "do_many_async"]
-
-
-class _KeyMissing(KeyError):
-    """What other callers of a key get that the function's mapping lacks."""
 
 
 class _Item:
@@ -49,6 +43,7 @@ class _Item:
         self.shard = shard
         self.mine = Execution()
         self.mine.key = key
+        self.mine.leader = None
         self.mine.waiters = None
         self.execution = self.mine
         self.led = False
@@ -58,14 +53,11 @@ class _Item:
 
     def take_outcome(self) -> None:
         """Reads the outcome of the joined execution."""
-        failure = self.execution.failure
-        if failure is None:
-            self.found = (self.execution.value, self.execution.shared)
-        else:
-            error = failure.replica()
-            if not isinstance(error, _KeyMissing):
-                assert isinstance(error, Exception)
-                self.error = error
+        execution = self.execution
+        if execution.end is End.VALUE:
+            self.found = (execution.value, execution.shared)
+        elif execution.end is not End.MISSING:
+            self.error = cast("Exception", execution.error())
 
 
 class _Batch:
@@ -116,11 +108,11 @@ class _Batch:
                 item.take_outcome()
         return promoted
 
-    def check_deadlock(self, future: "asyncio.Future[Any] | None" = None) -> None:
+    def check_wait(self, led: list[_Item], blocking: bool) -> None:
         """Raises DeadlockError if waiting for what was joined would never end."""
         if self.joined:
-            begin_wait(self.items[0].shard, tuple(self.joined), future)
-            end_wait(future)
+            first = [item.execution for item in led]
+            check_wait(self.items[0].shard, tuple(self.joined), first, blocking)
 
     def end(self, items: list[_Item], leader: Any, found: object) -> None:
         """The function has returned: each of `items` ends with its value, or as missing."""
@@ -131,7 +123,7 @@ class _Batch:
                 self._conclude(item, leader, End.VALUE, answers[name])
                 item.found = (answers[name], item.execution.shared)
             else:
-                self._conclude(item, leader, End.ERROR, _KeyMissing(name))
+                self._conclude(item, leader, End.MISSING, None)
 
     def fail(self, items: list[_Item], leader: Any, error: BaseException) -> None:
         """The function has failed: so do all of `items`, or all are handed over."""
@@ -156,10 +148,10 @@ class _Batch:
     def _conclude(self, item: _Item, leader: Any, end: End, value: Any) -> None:
         self.flight._conclude(item.execution, item.shard, item.h, leader, end, value)
 
-    def withdraw(self, waiter: Waiter) -> None:
-        """The caller goes: leaves what it has joined, hands over what it was to take over."""
+    def leave(self, waiter: Waiter) -> None:
+        """The caller goes: leaves what it has joined, hands over what it was to lead."""
         for item in self.items:
-            self.flight._withdraw(item.shard, item.h, waiter)
+            self.flight._withdraw(item.shard, item.h, waiter, item.execution)
 
     def answer(self) -> dict[Any, tuple[Any, bool]]:
         """The call's answer, once nothing is outstanding."""
@@ -177,8 +169,8 @@ class _Batch:
             if item.error is None:
                 continue
             for name in item.names:
-                error = Failure(item.error, item.error.__traceback__).replica()
-                assert isinstance(error, Exception)
+                failure = Failure(item.error, item.error.__traceback__)
+                error = cast("Exception", failure.replica())
                 error.add_note(f"key: {name!r}")
                 failed[name] = error
         return failed
@@ -207,7 +199,7 @@ def do_many(
     me = get_ident()
     try:
         led = batch.join(me, sleeper)
-        batch.check_deadlock()
+        batch.check_wait(led, blocking=True)
         if led:
             _lead(batch, led, me, fn)
         while batch.joined:
@@ -217,13 +209,19 @@ def do_many(
             finally:
                 end_wait()
             promoted = batch.hear(sleeper.news)
+            for item in promoted:
+                item.shard.adopt(item.execution, sleeper, me)
             if promoted:
-                _lead(batch, promoted, sleeper, fn)
+                _lead(batch, promoted, me, fn)
         return batch.answer()
     except BaseException:
-        batch.withdraw(sleeper)
-        batch.lose(batch.items, me)
-        batch.lose(batch.items, sleeper)
+        try:
+            batch.leave(sleeper)
+            batch.lose(batch.items, me)
+        except BaseException:  # interrupted: see Core.do
+            batch.leave(sleeper)
+            batch.lose(batch.items, me)
+            raise
         raise
     finally:
         batch.clear()
@@ -248,6 +246,9 @@ def _lead(
         batch.fail(items, leader, error)
 
 
+leading_code.add(_lead.__code__)
+
+
 async def do_many_async(
     flight: "ShardedFlight",
     fn: Callable[[list[Any]], Awaitable[Mapping[Any, Any]]],
@@ -262,14 +263,14 @@ async def do_many_async(
     run = LoopRun(loop)
     try:
         led = batch.join(run, inbox)
-        if inside_a_run.get():
-            batch.check_deadlock(inbox.bell())
+        if current_run.get() is not None:
+            batch.check_wait(led, blocking=False)
         if led:
             runs[run] = led
             _start(batch, run, inbox, led, fn)
         while batch.joined or runs:
             bell = inbox.bell()
-            if inside_a_run.get():
+            if current_run.get() is not None:
                 running = [item.execution for items in runs.values() for item in items]
                 begin_wait(batch.items[0].shard, (*batch.joined, *running), bell)
                 try:
@@ -319,7 +320,7 @@ async def _run(
     fn: Callable[[list[Any]], Awaitable[Mapping[Any, Any]]],
 ) -> None:
     """The task of a run for many keys. What `fn` raises is kept in the batch."""
-    inside_a_run.set(True)
+    current_run.set(run)
     if run.task is None:  # begun at once, before its maker has it
         run.task = asyncio.current_task()
     run.pending = {item.execution for item in items}
@@ -349,10 +350,10 @@ def _leave(
     batch: _Batch, inbox: Inbox, begun: LoopRun, runs: dict[LoopRun, list[_Item]]
 ) -> None:
     """The caller goes. Its runs go on for those keys that somebody else still wants."""
-    batch.withdraw(inbox)
     for run, items in runs.items():
         for item in () if run.done else items:
             batch.flight._leave_leader(item.execution, item.shard, item.h, run)
-    if begun not in runs:
+    batch.leave(inbox)
+    if begun not in runs:  # or has been seen to end: then there is nothing left to lose
         batch.lose(batch.items, begun)
     runs.clear()

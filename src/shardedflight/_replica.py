@@ -12,6 +12,7 @@ empty object of the type, and what the object holds is carried over slot by slot
 classes, so one rule covers them.
 """
 
+from collections.abc import Iterator
 from types import BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, TracebackType
 from typing import Any
 
@@ -25,24 +26,28 @@ class Failure:
     its object (notes, attributes, a longer traceback) is not seen by anybody else.
     """
 
-    __slots__ = ("_args", "_attributes", "_cause", "_context", "_error", "_inner", "_state", "_tb")
+    __slots__ = (
+        "_args",
+        "_attributes",
+        "_cause",
+        "_context",
+        "_error",
+        "_inner",
+        "_state",
+        "_traceback",
+    )
 
     def __init__(self, error: BaseException, traceback: TracebackType | None) -> None:
-        kind = type(error)
-        #: The last resort of `replica`, and what tells the type.
         self._error = error
-        self._tb = traceback
+        self._traceback = traceback
         self._args = BaseException.args.__get__(error)  # type: ignore[attr-defined]
-        self._cause = BaseException.__cause__.__get__(error)  # type: ignore[attr-defined]
-        self._context = BaseException.__context__.__get__(error)  # type: ignore[attr-defined]
-        self._attributes: dict[str, Any] = _own_dict(error).copy()
-        notes = self._attributes.get("__notes__")
-        if isinstance(notes, list):
-            self._attributes["__notes__"] = notes.copy()
+        self._cause = error.__cause__
+        self._context = error.__context__
+        self._attributes = _unshare_notes(_own_dict(error).copy())
+        self._state = tuple(_slot_values(error))
         self._inner: tuple[Failure, ...] = ()
         if isinstance(error, BaseExceptionGroup):
             self._inner = tuple(Failure(e, e.__traceback__) for e in error.exceptions)
-        self._state = tuple(_slot_values(kind, error))
 
     def replica(self) -> BaseException:
         """A new exception that says the same, its traceback beginning where the leader failed.
@@ -52,20 +57,17 @@ class Failure:
         """
         error = self._empty()
         if error is None:
-            return self._error.with_traceback(self._tb)
+            return self._error.with_traceback(self._traceback)
         BaseException.args.__set__(error, self._args)  # type: ignore[attr-defined]
         BaseException.__cause__.__set__(error, self._cause)  # type: ignore[attr-defined]
         BaseException.__context__.__set__(error, self._context)  # type: ignore[attr-defined]
+        BaseException.__traceback__.__set__(error, self._traceback)  # type: ignore[attr-defined]
         for descriptor, value in self._state:
             try:
                 descriptor.__set__(error, value)
             except (AttributeError, TypeError):
                 pass  # read-only: it was set when the object was made
-        attributes = _own_dict(error)
-        attributes.update(self._attributes)
-        if "__notes__" in attributes:
-            attributes["__notes__"] = list(attributes["__notes__"])
-        BaseException.__traceback__.__set__(error, self._tb)  # type: ignore[attr-defined]
+        _own_dict(error).update(_unshare_notes(self._attributes.copy()))
         return error
 
     def _empty(self) -> BaseException | None:
@@ -93,9 +95,16 @@ def _own_dict(error: BaseException) -> dict[str, Any]:
     return own
 
 
-def _slot_values(kind: type[BaseException], error: BaseException) -> Any:
+def _unshare_notes(attributes: dict[str, Any]) -> dict[str, Any]:
+    notes = attributes.get("__notes__")
+    if isinstance(notes, list):
+        attributes["__notes__"] = notes.copy()
+    return attributes
+
+
+def _slot_values(error: BaseException) -> Iterator[tuple[Any, Any]]:
     """The filled slots of `error` outside its `__dict__`: those of C and of `__slots__` alike."""
-    for base in kind.__mro__:
+    for base in type(error).__mro__:
         for name, descriptor in vars(base).items():
             if isinstance(descriptor, MemberDescriptorType) or (
                 isinstance(descriptor, GetSetDescriptorType) and not name.startswith("__")

@@ -1,54 +1,33 @@
-"""How callers wait for an execution, how they are woken, and who waits for whom.
+"""How callers wait for an execution, and how they are woken.
 
 **Waiters.** A follower that has something to sleep on is in `Execution.waiters`. Three kinds: a
 thread's `Sleeper`; a coroutine's plain `asyncio.Future` (the lightest thing a loop can wake); and
 whatever derives from `Waiter`, such as the future that `do_future` returned. All are woken by
 `wake_all`, which may run on any thread, and each wake-up may come twice without harm, so that it
 can be repeated when a signal handler has interrupted it.
-
-**Who waits for whom.** Before a caller waits, `begin_wait` enters an edge "this thread (or task) waits
-for these executions" and looks whether a chain of such edges leads back to itself: each execution
-leads to whoever runs it, and that one to what it waits for. Leaders register nothing. The search is
-CPython's for import locks (`importlib._bootstrap._ModuleLock.has_deadlock`), with tasks added:
-
-- a task needs what it awaits, be it directly, by `gather` or in a `TaskGroup`,
-- and the thread of its event loop, so a thread that blocks on a loop's work is on the chain, too.
-
-A coroutine can only close a cycle from inside a function that a flight runs, and whatever such a
-function starts inherits its context: so `inside_a_run` tells all others that there is nothing to
-check.
 """
 
 import asyncio
 import contextlib
-import os
 import threading
 from _thread import allocate_lock, start_new_thread
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any
 
-from ._core import Execution, Run, Shard
-from .exceptions import DeadlockError
+from ._core import Execution, Run
 
 __all__ = [
     "Inbox",
     "LoopRun",
     "Sleeper",
     "Waiter",
-    "begin_wait",
-    "end_wait",
-    "inside_a_run",
     "loop_of",
     "offer",
     "wake_all",
     "watch_loop",
     "watched_loops",
 ]
-
-inside_a_run: ContextVar[bool] = ContextVar("shardedflight.inside_a_run", default=False)
-
 
 # -- sleeping and waking --------------------------------------------------------------------------
 
@@ -151,13 +130,15 @@ def wake_all(execution: Execution) -> None:
     for waiter in execution.waiters or ():
         if isinstance(waiter, Waiter):
             waiter.wake(execution)
+            continue
+        loop = waiter.get_loop()
+        if loop is here:
+            try:
+                waiter.set_result(False)
+            except asyncio.InvalidStateError:
+                pass  # its caller was cancelled, or it is told twice
         else:
-            loop = waiter.get_loop()
-            if loop is here:
-                if not waiter.done():
-                    waiter.set_result(False)
-            else:
-                elsewhere.setdefault(loop, []).append(waiter)
+            elsewhere.setdefault(loop, []).append(waiter)
     for loop, futures in elsewhere.items():
         _call_in(loop, _wake_futures, futures)
 
@@ -206,7 +187,18 @@ class LoopRun(Run):
     All fields are written on the loop's thread.
     """
 
-    __slots__ = ("bell", "done", "error", "loop", "pending", "shared", "task", "thread", "value")
+    __slots__ = (
+        "bell",
+        "done",
+        "error",
+        "loop",
+        "pending",
+        "shared",
+        "task",
+        "thread",
+        "value",
+        "waits",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -221,6 +213,13 @@ class LoopRun(Run):
         self.error: BaseException | None = None
         #: Of a run for many keys: the executions that somebody still wants.
         self.pending: set[Execution] | None = None
+        #: What the tasks in its context wait for, by the futures that they await: see `_deadlock`.
+        self.waits: dict[asyncio.Future[Any], tuple[Any, Sequence[Execution]]] | None = None
+
+    def needed_thread(self) -> int:
+        """The thread that runs the loop, or that has run it and may do so again."""
+        # asyncio's own name for it; a loop may be run by one thread after another.
+        return getattr(self.loop, "_thread_id", None) or self.thread
 
     def finish(self) -> None:
         """The task is through; the outcome is set."""
@@ -293,147 +292,3 @@ class _Canary:
         watched_loops.discard(self._loop_id)
         with contextlib.suppress(RuntimeError):  # the interpreter is going down
             start_new_thread(self._closed, ())
-
-
-# -- who waits for whom ---------------------------------------------------------------------------
-
-_graph_lock = threading.Lock()
-#: What a blocked thread waits for, by its ident; what a task inside a run waits for, by the future
-#: that it awaits. Entered under the lock, and taken out without.
-_blocked: dict[int, Sequence[Execution]] = {}
-_awaited: "dict[asyncio.Future[Any], Sequence[Execution]]" = {}
-
-
-def begin_wait(
-    shard: Shard, executions: Sequence[Execution], future: "asyncio.Future[Any] | None" = None
-) -> None:
-    """From now on this thread waits for `executions`, or this task by awaiting `future`.
-
-    Args:
-        shard: Where a deadlock is counted.
-        executions: What is waited for; all of them.
-        future: What the task awaits. None: the thread blocks.
-
-    Raises:
-        DeadlockError: They wait for this thread or task, directly or not. Nothing is entered then.
-    """
-    with _graph_lock:
-        if future is None:
-            me: Any = get_ident()
-            _blocked[me] = executions
-        else:
-            me = asyncio.current_task()
-            _awaited[future] = executions
-        path = _path_back(executions, me)
-        # Nobody begins to wait meanwhile, but somebody may cease to: a real cycle is still there.
-        if not path or path != _path_back(executions, me):
-            return
-        error = _deadlock(path, me)
-    end_wait(future)
-    with shard.lock:
-        shard.deadlocks += 1
-    raise error
-
-
-def end_wait(future: "asyncio.Future[Any] | None" = None) -> None:
-    """Ends what `begin_wait` began."""
-    if future is None:
-        _blocked.pop(get_ident(), None)
-    else:
-        _awaited.pop(future, None)
-
-
-def _deadlock(path: list[Execution], me: Any) -> DeadlockError:
-    keys: tuple[Hashable, ...] = tuple(execution.key for execution in path)
-    leader = path[-1].leader
-    if isinstance(me, int) and isinstance(leader, LoopRun):
-        names = " -> ".join(map(repr, keys))
-        return DeadlockError(
-            f"waiting for {names} on this thread would stop the event loop that it needs", keys
-        )
-    keys = (keys[-1], *keys)
-    return DeadlockError("these wait for each other: " + " -> ".join(map(repr, keys)), keys)
-
-
-def _path_back(executions: Iterable[Execution], me: Any) -> list[Execution] | None:
-    """The chain from one of `executions` to one that `me`, a thread's ident or a task, holds up."""
-    seen: set[Execution] = set()
-    here = asyncio._get_running_loop()
-    # Depth first, without recursion: each entry is an execution and the chain before it.
-    stack: list[tuple[Execution, tuple[Any, ...]]] = [(e, ()) for e in executions]
-    while stack:
-        execution, before = stack.pop()
-        if execution in seen:
-            continue
-        seen.add(execution)
-        chain = (execution, before)
-        leader = execution.leader
-        thread = task = None
-        if isinstance(leader, LoopRun):
-            thread, task = leader.thread, leader.task
-        elif isinstance(leader, Sleeper):
-            thread = leader.thread
-        elif isinstance(leader, int):
-            thread = leader
-        if me == thread and isinstance(me, int):
-            return _unchained(chain)
-        further = list(_blocked.get(thread, ())) if thread is not None else []
-        for needed in _needs(task, here) if task is not None else ():
-            if needed is me:
-                return _unchained(chain)
-            further += _awaited.get(needed, ())
-        stack += [(e, chain) for e in further]
-    return None
-
-
-def _unchained(chain: tuple[Any, ...]) -> list[Execution]:
-    path: list[Execution] = []
-    while chain:
-        execution, chain = chain
-        path.append(execution)
-    return path[::-1]
-
-
-def _needs(
-    task: "asyncio.Future[Any]", here: asyncio.AbstractEventLoop | None
-) -> "Iterator[asyncio.Future[Any]]":
-    """`task` and the futures and tasks that it awaits, and they in turn."""
-    seen: set[asyncio.Future[Any]] = set()
-    stack: list[asyncio.Future[Any]] = [task]
-    while stack:
-        future = stack.pop()
-        if future in seen or future.done():
-            continue
-        seen.add(future)
-        yield future
-        awaited = getattr(future, "_fut_waiter", None)  # of a task: asyncio's own name for it
-        if awaited is not None:
-            stack.append(awaited)
-            # A coroutine may only be looked into on the thread that runs it.
-            if isinstance(future, asyncio.Task) and future.get_loop() is here:
-                stack += _children_of_group(future)
-        stack += getattr(future, "_children", ())  # of what gather returns
-
-
-def _children_of_group(task: "asyncio.Task[Any]") -> "Iterable[asyncio.Task[Any]]":
-    """The tasks for which `task` waits at the end of `async with TaskGroup()`."""
-    coroutine: Any = task.get_coro()
-    frame = None
-    while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", frame)
-        coroutine = getattr(coroutine, "cr_await", None)
-    group = frame.f_locals.get("self") if frame is not None else None
-    if isinstance(group, asyncio.TaskGroup):
-        return tuple(group._tasks)  # type: ignore[attr-defined]
-    return ()
-
-
-def _after_fork_in_child() -> None:
-    global _graph_lock
-    _graph_lock = threading.Lock()
-    _blocked.clear()
-    _awaited.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

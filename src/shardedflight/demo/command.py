@@ -15,6 +15,9 @@ from shardedflight import InvalidShardsError, ShardedFlight
 
 PROGRAM = "shardedflight demo"
 
+#: A flight may have more, but they take memory and there is nothing to see.
+_MOST_SHARDS = 65_536
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -77,13 +80,17 @@ def _seconds(text: str) -> float:
 
 def _shards(text: str) -> int:
     try:
-        return ShardedFlight(int(text)).shards
+        shards = int(text)
+    except ValueError:
+        shards = _MOST_SHARDS + 1
+    if shards > _MOST_SHARDS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} will not do, give a power of two from 1 to {_MOST_SHARDS}"
+        )
+    try:
+        return ShardedFlight(shards).shards
     except InvalidShardsError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} will not do, give a power of two such as 1, 4 or 16"
-        ) from None
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -101,14 +108,14 @@ def parse(arguments: Sequence[str]) -> Options:
 
     add("--duration", _seconds, 15.0, "seconds of load on each route")
     add("--clients", _whole(1, 2_000), 200, "concurrent connections")
-    add("--keys", _whole(1, 1_000_000), 200, "different items that the clients ask for")
+    add("--keys", _whole(1, 1_000_000), 100, "different items that the clients ask for")
     add(
         "--shards",
         _shards,
         None,
         "shards of the flight, a power of two (default: ShardedFlight's own)",
     )
-    add("--rows", _whole(1, 10_000_000), 100_000, "rows in the database")
+    add("--rows", _whole(1, 1_000_000), 100_000, "rows in the database")
     add("--port", _whole(0, 65_535), 0, "where the server listens; 0 is any free port")
     add("--seed", _whole(0, 2**63 - 1), 1, "decides the rows and which client asks for what")
     parser.add_argument(

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 import aiohttp
 
 from shardedflight.demo.errors import DemoError
+from shardedflight.demo.load import REQUEST_TIMEOUT
 from shardedflight.demo.server import RouteName
 
 #: Seconds between two looks at counters that are to reach something.
@@ -30,7 +31,8 @@ class Lap(TypedDict):
 
 async def answering(address: str) -> None:
     """Returns when the server is up. Until then a connection waits in the listening socket."""
-    async with aiohttp.ClientSession(address) as session:
+    patience = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
+    async with aiohttp.ClientSession(address, timeout=patience) as session:
         await Control(session).counters()
 
 

@@ -26,9 +26,9 @@ _INSERT = "INSERT INTO sale (item, quantity, cents) VALUES (?, ?, ?)"
 #: What an item sold, and its share of everything sold.
 QUERY = """
 SELECT
-    coalesce(sum(quantity) FILTER (WHERE item = ?1), 0),
-    coalesce(sum(quantity * cents) FILTER (WHERE item = ?1), 0),
-    coalesce(sum(quantity * cents) FILTER (WHERE item = ?1) * 1.0 / sum(quantity * cents), 0.0)
+    coalesce(sum(quantity) FILTER (WHERE item = :item), 0),
+    coalesce(sum(quantity * cents) FILTER (WHERE item = :item), 0),
+    coalesce(sum(quantity * cents) FILTER (WHERE item = :item) * 1.0 / sum(quantity * cents), 0.0)
 FROM sale
 """
 
@@ -71,11 +71,20 @@ class Database:
     def __init__(self, path: Path) -> None:
         self._uri = f"{path.absolute().as_uri()}?mode=ro"
         self._local = threading.local()
+        # All threads append to it; only `close`, after them, reads it.
+        self._connections: list[sqlite3.Connection] = []
 
     def sales_of(self, item: int) -> Sales:
         """Runs `QUERY` for the item."""
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = self._local.connection = sqlite3.connect(self._uri, uri=True)
-        quantity, cents, share = connection.execute(QUERY, (item,)).fetchone()
+            connection = sqlite3.connect(self._uri, uri=True, check_same_thread=False)
+            self._local.connection = connection
+            self._connections.append(connection)
+        quantity, cents, share = connection.execute(QUERY, {"item": item}).fetchone()
         return {"item": item, "quantity": quantity, "cents": cents, "share": share}
+
+    def close(self) -> None:
+        """Closes the connections; no thread may be using one."""
+        for connection in self._connections:
+            connection.close()

@@ -46,30 +46,8 @@ class Load:
         """Requests that have ended, well or not."""
         return len(self.latencies) + self.failures.total()
 
-    async def ask_until(self, deadline: float) -> None:
-        """All clients ask, one item after another, until the monotonic time; then all are idle."""
-
-        async def client(draw: random.Random) -> None:
-            while time.monotonic() < deadline:
-                (item,) = draw.choices(self._items, cum_weights=self._weights)
-                await self._ask(item)
-
-        await self._all(client)
-
-    async def stampede(self) -> None:
-        """All clients ask for the hot item at once, each one time."""
-
-        async def client(_: random.Random) -> None:
-            await self._ask(HOT_ITEM)
-
-        await self._all(client)
-
-    async def _all(self, client: Callable[[random.Random], Coroutine[None, None, None]]) -> None:
-        async with asyncio.TaskGroup() as group:
-            for draw in self._clients:
-                group.create_task(client(draw))
-
-    async def _ask(self, item: int) -> None:
+    async def ask(self, item: int) -> None:
+        """One client asks for one item; the outcome is counted."""
         began = time.perf_counter()
         try:
             async with self._session.get(f"/{self._route}/{item}") as response:
@@ -86,3 +64,26 @@ class Load:
             failure = type(error).__name__
         self.failures[failure] += 1
         await asyncio.sleep(_RETRY_PAUSE)
+
+    async def ask_until(self, deadline: float) -> None:
+        """All clients ask, one item after another, until the monotonic time; then all are idle."""
+
+        async def client(draw: random.Random) -> None:
+            while time.monotonic() < deadline:
+                (item,) = draw.choices(self._items, cum_weights=self._weights)
+                await self.ask(item)
+
+        await self._all(client)
+
+    async def stampede(self) -> None:
+        """All clients ask for the hot item at once, each one time."""
+
+        async def client(_: random.Random) -> None:
+            await self.ask(HOT_ITEM)
+
+        await self._all(client)
+
+    async def _all(self, client: Callable[[random.Random], Coroutine[None, None, None]]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for draw in self._clients:
+                group.create_task(client(draw))

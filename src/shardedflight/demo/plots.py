@@ -56,6 +56,9 @@ _STYLE: dict[Any, str | float | bool] = {
     "ytick.labelcolor": _INK,
 }
 
+#: Inches; the page's style sheet shows one or the other.
+_WIDTHS = {"wide": 7.6, "narrow": 4.0}
+
 #: Points of a curve; more cannot be told apart.
 _POINTS = 1_000
 
@@ -77,7 +80,8 @@ def latencies(figures: Figures) -> str:
                 linewidth=2,
             )
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        labels = (1, 2, 5) if figure.get_figwidth() == _WIDTHS["wide"] else (1, 3)
+        axes.xaxis.set_major_locator(LogLocator(subs=labels))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(_duration))
         axes.set_ylim(0, 101)
@@ -172,8 +176,7 @@ def _duration(milliseconds: float, _: int | None) -> str:
 
 def _both_widths(draw: Callable[[Figure], None], name: str, *, height: float) -> str:
     return "\n".join(
-        _svg(draw, name, css_class, width, height)
-        for css_class, width in (("wide", 7.6), ("narrow", 4.0))
+        _svg(draw, name, css_class, width, height) for css_class, width in _WIDTHS.items()
     )
 
 

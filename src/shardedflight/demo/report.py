@@ -43,7 +43,7 @@ p { margin: .4rem 0; max-width: 42rem; }
   background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem 1rem;
 }
 .tiles dt { color: var(--quiet); font-size: .85rem; }
-.tiles dd { margin: .15rem 0 0; font-size: 1.3rem; font-weight: 650; white-space: nowrap; }
+.tiles dd { margin: .15rem 0 0; font-size: 1.2rem; font-weight: 650; white-space: nowrap; }
 .tiles i { color: var(--quiet); font-style: normal; font-weight: 400; }
 .card { margin: .9rem 0 0; overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -57,7 +57,12 @@ tr.part th { padding-top: 1.1rem; font-weight: 650; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
 svg.narrow { display: none; }
-@media (max-width: 36rem) { svg.wide { display: none; } svg.narrow { display: block; } }
+@media (max-width: 36rem) {
+  .card { padding: .6rem .7rem; }
+  table { font-size: .92rem; }
+  svg.wide { display: none; }
+  svg.narrow { display: block; }
+}
 .legend { display: flex; gap: 1.25rem; font-weight: 650; font-size: .9rem; }
 .legend span::before { content: ""; display: inline-block; width: 1.1rem; height: .28rem;
   margin-right: .45rem; border-radius: .2rem; vertical-align: .22rem; background: currentColor; }

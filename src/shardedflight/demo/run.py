@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from shardedflight.demo import report, summary
-from shardedflight.demo.command import Options
+from shardedflight.demo.command import PROGRAM, Options
 from shardedflight.demo.control import answering
 from shardedflight.demo.database import build
 from shardedflight.demo.errors import DemoError
@@ -49,6 +49,7 @@ async def _until_stopped(options: Options) -> int:
             loop.add_signal_handler(number, stop, number)
     await asyncio.wait([demo])
     if demo.cancelled() and received:
+        sys.stderr.write(f"{PROGRAM}: stopped by {signal.Signals(received[0]).name}\n")
         return 128 + received[0]
     return demo.result()
 

@@ -164,6 +164,8 @@ class Api:
     async def _lifespan(self, app: Starlette) -> AsyncGenerator[None]:
         threading.Thread(target=self._sample, daemon=True).start()
         yield
+        self._workers.shutdown()
+        self._database.close()
 
     def _sample(self) -> None:
         # A thread, since a busy event loop would come to it late, just when it matters.

@@ -1,0 +1,288 @@
+"""Who waits for whom: a wait that would never end is found when it begins.
+
+Before a caller waits, `begin_wait` enters an edge "this thread, or this task, waits for these
+executions", and looks whether a chain of edges leads back to the caller: an execution needs whoever
+runs its function, and that one needs what it waits for. Leaders enter nothing. The search is that
+of CPython's import locks (`importlib._bootstrap._ModuleLock.has_deadlock`), with tasks added:
+
+- The task of a run needs the tasks that it awaits, directly or by what asyncio has for it (`gather`,
+  `TaskGroup`, `wait`, `wait_for`, `shield`), and what they wait for.
+- It needs the thread of its event loop, too: who blocks that thread is on the chain.
+
+Whatever a run's function starts inherits its context. So `current_run` tells all other coroutines
+that no chain can lead back to them and that there is nothing to look for; and a run's own waits are
+entered in the run.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from threading import get_ident
+from types import CodeType
+from typing import Any
+
+from ._core import Core, Execution, Shard, gil_enabled, public_key
+from ._waiting import LoopRun
+from .exceptions import DeadlockError
+
+__all__ = ["begin_wait", "check_wait", "current_run", "end_wait", "leading_code"]
+
+#: The innermost run in whose function this code runs, or whose function has started it.
+current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run", default=None)
+
+#: The functions of ours below which a leader's function runs on its caller's stack. Each has the
+#: local variable `execution`, or `items` with an `execution` each.
+leading_code: set[CodeType] = {Core.do.__code__}
+
+#: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it.
+_lock = threading.Lock()
+#: What a blocked thread waits for, by its ident. Entered under the lock, and taken out without.
+_blocked: dict[int, Sequence[Execution]] = {}
+
+
+def begin_wait(
+    shard: Shard, executions: Sequence[Execution], future: "asyncio.Future[Any] | None" = None
+) -> None:
+    """From now on this thread waits for `executions`, or this task by awaiting `future`.
+
+    Args:
+        shard: Where a deadlock is counted.
+        executions: What is waited for; all of them.
+        future: What the task awaits. None: the thread blocks.
+
+    Raises:
+        DeadlockError: They wait for this thread or task, directly or not. Nothing is entered then.
+    """
+    task = None if future is None else asyncio.current_task()
+    with _lock:
+        if future is None:
+            _blocked[get_ident()] = executions
+        else:
+            run = current_run.get()
+            if run is not None:
+                if run.waits is None:
+                    run.waits = {}
+                run.waits[future] = (task, executions)
+        error = _find_cycle(executions, task, ())
+    if error is not None:
+        end_wait(future)
+        with shard.lock:
+            shard.deadlocks += 1
+        raise error
+
+
+def check_wait(
+    shard: Shard, executions: Sequence[Execution], first: Sequence[Execution], blocking: bool
+) -> None:
+    """Raises what `begin_wait` would raise, were the caller to wait when it has ended `first`.
+
+    Args:
+        shard: Where a deadlock is counted.
+        executions: What the caller will wait for.
+        first: What the caller leads, and will have ended before.
+        blocking: Whether the thread will block, or the task will await.
+    """
+    task = None if blocking else asyncio.current_task()
+    with _lock:
+        error = _find_cycle(executions, task, first)
+    if error is not None:
+        with shard.lock:
+            shard.deadlocks += 1
+        raise error
+
+
+def _find_cycle(
+    executions: Sequence[Execution], task: "asyncio.Task[Any] | None", first: Sequence[Execution]
+) -> DeadlockError | None:
+    path = _path_back(executions, task, first)
+    # Nobody begins to wait meanwhile, but somebody may cease to: a real cycle is still there.
+    if path and path == _path_back(executions, task, first):
+        return _error(path, task)
+    return None
+
+
+def end_wait(future: "asyncio.Future[Any] | None" = None) -> None:
+    """Ends what `begin_wait` began."""
+    if future is None:
+        _blocked.pop(get_ident(), None)
+    else:
+        run = current_run.get()
+        if run is not None and run.waits is not None:
+            run.waits.pop(future, None)
+
+
+def _path_back(
+    executions: Iterable[Execution],
+    task: "asyncio.Task[Any] | None",
+    first: Iterable[Execution],
+) -> list[Execution] | None:
+    """The chain from one of `executions` to one that the caller holds up, `first` left aside.
+
+    The caller is this thread, and `task` if it only awaits.
+    """
+    thread = get_ident()
+    own_run = current_run.get() if task is not None else None
+    seen = set(first)
+    # Depth first, without recursion: each entry is an execution and the chain before it.
+    stack: list[tuple[Execution, tuple[Any, ...]]] = [(e, ()) for e in executions]
+    while stack:
+        execution, before = stack.pop()
+        if execution in seen:
+            continue
+        seen.add(execution)
+        chain = (execution, before)
+        leader = execution.leader
+        if isinstance(leader, int):
+            if leader == thread:  # its function is on this stack, below an event loop perhaps
+                return _unchained(chain)
+            needed = _blocked.get(leader, ())
+        elif isinstance(leader, LoopRun) and not leader.loop.is_closed():
+            loop_thread = leader.needed_thread()
+            if task is None and loop_thread == thread:
+                return _unchained(chain)
+            if leader is own_run and _awaits(leader, task):
+                return _unchained(chain)
+            needed = [*_blocked.get(loop_thread, ()), *_waits(leader)]
+        else:
+            continue  # it is about to begin, or to be replaced: it waits for nothing
+        stack += [(e, chain) for e in needed]
+    return None
+
+
+def _unchained(chain: tuple[Any, ...]) -> list[Execution]:
+    path: list[Execution] = []
+    while chain:
+        execution, chain = chain
+        path.append(execution)
+    return path[::-1]
+
+
+def _waits(run: LoopRun) -> Iterator[Execution]:
+    """What the task of `run` waits for, itself or by a task that it awaits."""
+    for _, (task, executions) in list((run.waits or {}).items()):
+        if _awaits(run, task):
+            yield from executions
+
+
+# -- what a task awaits ---------------------------------------------------------------------------
+
+
+def _awaits(run: LoopRun, task: "asyncio.Future[Any] | None") -> bool:
+    """Whether the task of `run` is `task`, or can not go on before `task` has ended."""
+    root = run.task
+    if root is None or task is None:
+        return False
+    if root is task:
+        return True
+    # A coroutine may be looked into where it can not move meanwhile.
+    if asyncio._get_running_loop() is run.loop or gil_enabled():
+        return _reaches(root, task, _awaited_by_task)
+    # Since 3.14 asyncio itself keeps who awaits a future, and may be asked on any thread.
+    return _reaches(task, root, _awaiters)
+
+
+def _reaches(start: Any, goal: Any, further: Callable[[Any], Iterable[Any]]) -> bool:
+    seen = {start}
+    stack = [start]
+    while stack:
+        future = stack.pop()
+        if future is goal:
+            return True
+        new = [f for f in further(future) if f not in seen]
+        seen.update(new)
+        stack += new
+    return False
+
+
+def _awaiters(future: "asyncio.Future[Any]") -> Iterable[Any]:
+    return getattr(future, "_asyncio_awaited_by", None) or ()
+
+
+def _awaited_by_task(future: "asyncio.Future[Any]") -> "Iterator[asyncio.Future[Any]]":
+    """The futures that `future`, often a task, needs. These are asyncio's own names for them."""
+    awaited = getattr(future, "_fut_waiter", None)
+    if awaited is not None:
+        yield awaited
+        if isinstance(future, asyncio.Task):
+            yield from _awaited_in_coroutine(future.get_coro())
+    yield from getattr(future, "_children", ())  # of what gather returns
+    for callback, *_ in getattr(future, "_callbacks", None) or ():
+        code = getattr(callback, "__code__", None)
+        if code is not None and code.co_qualname.startswith("shield.<locals>"):
+            cells = dict(zip(code.co_freevars, callback.__closure__, strict=True))
+            if "inner" in cells:
+                yield cells["inner"].cell_contents
+
+
+_WAITING_CODE = frozenset(
+    function.__code__ for function in (asyncio.TaskGroup.__aexit__, asyncio.wait, asyncio.wait_for)
+)
+
+
+def _awaited_in_coroutine(coroutine: Any) -> "Iterator[asyncio.Future[Any]]":
+    """The tasks for which asyncio's functions wait by awaiting a future of their own."""
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None)
+        if frame is not None and frame.f_code in _WAITING_CODE:
+            names = frame.f_locals
+            if frame.f_code is asyncio.TaskGroup.__aexit__.__code__:
+                yield from names["self"]._tasks
+            elif frame.f_code is asyncio.wait.__code__:
+                if names["return_when"] == asyncio.ALL_COMPLETED:
+                    yield from names["fs"]
+            elif isinstance(names.get("fut"), asyncio.Future):  # wait_for, before 3.12
+                yield names["fut"]
+        coroutine = getattr(coroutine, "cr_await", None)
+
+
+# -- naming the cycle -----------------------------------------------------------------------------
+
+
+def _error(path: list[Execution], task: "asyncio.Task[Any] | None") -> DeadlockError:
+    if task is None and isinstance(path[-1].leader, LoopRun):
+        keys = tuple(public_key(execution.key) for execution in path)
+        names = " -> ".join(map(repr, keys))
+        return DeadlockError(
+            f"waiting for {names} on this thread would stop the event loop that it needs", keys
+        )
+    in_order: list[Execution] = []
+    for execution in (path[-1], *path[:-1]):
+        in_order += [execution, *_led_inside(execution)]
+    in_order.append(path[-1])
+    keys = tuple(public_key(execution.key) for execution in in_order)
+    return DeadlockError("these wait for each other: " + " -> ".join(map(repr, keys)), keys)
+
+
+def _led_inside(execution: Execution) -> list[Execution]:
+    """What the thread that leads `execution` leads in calls further in, outermost first.
+
+    Nobody keeps that: it would cost every leader. It is read off the thread's stack.
+    """
+    frame = sys._current_frames().get(execution.leader)
+    inside: list[Execution] = []
+    while frame is not None:
+        if frame.f_code in leading_code:
+            names = frame.f_locals
+            led = [item.execution for item in names.get("items", ())]
+            if "execution" in names:
+                # Not so the record of a follower, which was never linked.
+                holders = names["shard"].holders(names["h"])
+                led = [e for e in holders if e is names["execution"]]
+            if execution in led:
+                return inside[::-1]
+            inside += led[:1]
+        frame = frame.f_back
+    return []
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _blocked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
