@@ -687,6 +687,90 @@ def test_tasks_on_several_loops_join_one_execution(loops: int) -> None:
     assert work.runs == 1
 
 
+def test_loops_in_debug_mode_find_nothing_to_complain_about() -> None:
+    """2: "tasks on different event loops in different threads": each touches its own loop only,
+    which asyncio checks in its debug mode."""
+    flight = ShardedFlight()
+    work = Work(value=object())
+
+    async def call(function: Any) -> Any:
+        asyncio.get_running_loop().set_debug(True)
+        return await asyncio.gather(*[flight.do_async(function, "k") for _ in range(3)])
+
+    outcomes = [spawn_loop(lambda: call(work.awaited))]
+    assert work.running.wait(PATIENCE)
+    outcomes += [spawn_loop(lambda: call(never_async)) for _ in range(2)]
+    eventually(waiting(flight, 8))
+    work.go.set()
+    for outcome in outcomes:
+        assert outcome.result(PATIENCE) == [(work.value, True)] * 3
+
+    by_thread = Work(value=object())
+    led = spawn(flight.do, by_thread, "k")
+    assert by_thread.running.wait(PATIENCE)
+    followed = spawn_loop(lambda: call(never_async))
+    eventually(waiting(flight, 3))
+    by_thread.go.set()
+    assert followed.result(PATIENCE) == [(by_thread.value, True)] * 3
+    assert led.result(PATIENCE) == (by_thread.value, True)
+
+
+def plain_factory(loop: Any, coroutine: Any, **options: Any) -> "asyncio.Task[Any]":
+    return asyncio.Task(coroutine, loop=loop, **options)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        plain_factory,
+        pytest.param(
+            getattr(asyncio, "eager_task_factory", None),
+            marks=pytest.mark.skipif(
+                sys.version_info < (3, 12), reason="eager tasks came with Python 3.12"
+            ),
+            id="eager_task_factory",
+        ),
+    ],
+)
+def test_a_loop_with_a_task_factory_of_its_own(factory: Any) -> None:
+    """2: "in a task that the flight owns, on the leader's event loop": as that loop makes them."""
+    flight = ShardedFlight()
+
+    async def at_once() -> str:
+        return "at once"
+
+    async def fails() -> None:
+        raise LookupError("at once")
+
+    async def later() -> Any:
+        assert asyncio.current_task() is not caller
+        await eventually_async(waiting(flight, 2))
+        return "later"
+
+    async def endless() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def main() -> None:
+        nonlocal caller
+        caller = asyncio.current_task()
+        asyncio.get_running_loop().set_task_factory(factory)
+        assert await flight.do_async(at_once, "k") == ("at once", False)
+        with pytest.raises(LookupError):
+            await flight.do_async(fails, "k")
+        calls = [asyncio.create_task(flight.do_async(later, "k")) for _ in range(3)]
+        assert await asyncio.gather(*calls) == [("later", True)] * 3
+        leaving = asyncio.create_task(flight.do_async(endless, "k"))
+        await eventually_async(lambda: flight.in_flight() == 1)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        await eventually_async(lambda: flight.in_flight() == 0)
+        assert asyncio.current_task() is caller
+
+    caller: asyncio.Task[Any] | None = None
+    asyncio.run(main())
+
+
 def test_one_object_over_one_loop_after_another() -> None:
     """2: "One object may be used from any number of ... `asyncio.run` calls, one after another"."""
     flight = ShardedFlight()

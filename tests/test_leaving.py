@@ -59,6 +59,9 @@ LEAVE: dict[str, Callable[..., None]] = {
 class TaskCaller:
     """A call of `do_async` in a task on a loop of its own, that can be cancelled from here."""
 
+    loop: asyncio.AbstractEventLoop
+    task: "asyncio.Task[Any]"
+
     def __init__(self, flight: ShardedFlight, function: Any, *key: Any) -> None:
         self.noise: list[dict[str, Any]] = []
 
@@ -308,6 +311,39 @@ def test_asyncio_timeout_leaves(leader: str) -> None:
     assert asyncio.run(main()) == ("v", True)
     assert led.result(PATIENCE) == ("v", True)
     assert flight.stats().timeouts == 0
+
+
+@each_leader
+@pytest.mark.parametrize("abruptly", [False, True])
+def test_a_loop_that_ends_takes_its_followers_along(leader: str, abruptly: bool) -> None:
+    """5: as a loop ends, `asyncio.run` cancels what is left on it; a loop that is just closed does
+    not even do that. The execution and everyone else go on."""
+    flight = ShardedFlight()
+    work = Work(value="v")
+    led = KINDS[leader](flight, work, "k")
+    assert work.running.wait(PATIENCE)
+    others = [kind(flight, Work(), "k") for kind in KINDS.values()]
+    eventually(waiting(flight, 3))
+
+    async def main() -> None:
+        tasks.append(asyncio.create_task(flight.do_async(never_async, "k")))
+        await eventually_async(waiting(flight, 4))
+
+    tasks: list[asyncio.Task[Any]] = []
+    if abruptly:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main())
+        loop.close()
+    else:
+        asyncio.run(main())
+        assert tasks[0].cancelled()
+        assert waiting(flight, 3)()
+    late = flight.do_future(never, "k")
+    work.go.set()
+    for outcome in [led, *others, late]:
+        assert outcome.result(PATIENCE) == ("v", True)
+    eventually(waiting(flight, 0))
+    assert flight.in_flight() == 0
 
 
 # --- the leader's caller leaves ---

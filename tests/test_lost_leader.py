@@ -6,6 +6,7 @@ a task in `do_async` on an event loop and thread of its own, a future from `do_f
 
 import asyncio
 import contextvars
+import gc
 import os
 import signal
 import threading
@@ -149,6 +150,13 @@ class LoopThread:
         """Closes the loop as it is: what was pending on it stays pending for ever."""
         self.stop()
         self.loop.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> Iterator[None]:
+    """What closed loops left pending is collected, and logged by asyncio, while pytest captures."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

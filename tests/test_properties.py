@@ -240,7 +240,7 @@ class Calls(Totals):
         else:
             work = Work()
             led = Flown(key, work.go.set, [], running=True)
-            work.end = lambda: self.function(led)  # type: ignore[method-assign]
+            work.end = lambda: self.function(led)
             caller = spawn(self.flight.do, work, *key)
             led.callers.append(caller)
             assert work.running.wait(PATIENCE)

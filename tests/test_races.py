@@ -308,88 +308,81 @@ def test_everything_at_once(seed: int, on_abandon: Any) -> None:
         assert_idle(flight, keys)
 
 
+@pytest.mark.parametrize("fate", ["value", "error", "lost"])
 @pytest.mark.parametrize("leading", ["thread", "future", "task"])
-def test_a_follower_that_joins_in_the_instant_of_the_end_is_answered(leading: str) -> None:
-    """Section 2: no wake-up is lost between joining and waiting, and nobody comes too late."""
-    with ThreadPoolExecutor(2) as pool:
+def test_followers_that_join_in_the_instant_of_the_end_have_an_end(leading: str, fate: str) -> None:
+    """Sections 2 and 4: no wake-up is lost between joining and waiting, and nobody is forgotten."""
+    rounds = 150
+    start, ended = threading.Barrier(3), threading.Barrier(3)
+    with ThreadPoolExecutor(1) as pool:
         flight = ShardedFlight(executor=pool)
-        start = threading.Barrier(2)
-        rounds = 300
+
+        def end(n: int) -> tuple[str, int]:
+            if fate == "error":
+                raise LookupError
+            if fate == "lost":
+                raise Lost
+            return "leader", n
+
+        def function(n: int) -> tuple[str, int]:
+            start.wait(PATIENCE)
+            for _ in range(n % 4):
+                time.sleep(0)
+            return end(n)
+
+        async def coroutine(n: int) -> tuple[str, int]:
+            start.wait(PATIENCE)
+            for _ in range(n % 4):
+                await asyncio.sleep(0)
+            return end(n)
+
+        def check(outcome: Any, n: int, *, leads: bool) -> None:
+            if isinstance(outcome, LookupError):
+                assert fate == "error"
+            elif isinstance(outcome, Lost):
+                assert fate == "lost"
+                assert leads
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                assert outcome[0] in [("leader", n), ("follower", n)]
 
         def leader() -> None:
             for n in range(rounds):
-                start.wait(PATIENCE)
+                call = partial(function, n)
                 if leading == "thread":
-                    flight.do(lambda n=n: n, "k")
+                    outcome = outcome_of(flight.do, call, "k")
                 else:
-                    flight.do_future(lambda n=n: n, "k").result(PATIENCE)
-
-        async def answer(n: int) -> int:
-            return n
+                    outcome = outcome_of(flight.do_future(call, "k").result, PATIENCE)
+                check(outcome, n, leads=True)
+                ended.wait(PATIENCE)
 
         async def leader_async() -> None:
             for n in range(rounds):
-                start.wait(PATIENCE)
-                await flight.do_async(partial(answer, n), "k")
-
-        def follower() -> int:
-            shared = 0
-            for n in range(rounds):
-                start.wait(PATIENCE)
-                value, joined = flight.do(lambda n=n: n, "k", timeout=PATIENCE)
-                assert value in {n, n - 1}
-                shared += joined
-            return shared
-
-        callers = [spawn_loop(leader_async) if leading == "task" else spawn(leader)]
-        callers.append(spawn(follower))
-        for caller in callers:
-            caller.result(PATIENCE)
-        assert_idle(flight, range(0))
-
-
-@pytest.mark.parametrize("leading", ["thread", "future", "task"])
-def test_a_follower_that_joins_in_the_instant_of_the_loss_is_not_forgotten(leading: str) -> None:
-    """Section 4: whoever joins while the leader is lost takes over, or leads anew."""
-    with ThreadPoolExecutor(2) as pool:
-        flight = ShardedFlight(executor=pool)
-        start = threading.Barrier(3)
-        rounds = 200
-
-        def lost() -> None:
-            time.sleep(0)
-            raise Lost
-
-        async def lost_async() -> None:
-            await asyncio.sleep(0)
-            raise Lost
-
-        def leader() -> None:
-            for _ in range(rounds):
-                start.wait(PATIENCE)
-                if leading == "thread":
-                    outcome_of(flight.do, lost, "k")
-                else:
-                    flight.do_future(lost, "k").exception(PATIENCE)
-
-        async def leader_async() -> None:
-            for _ in range(rounds):
-                start.wait(PATIENCE)
+                outcome: Any
                 try:
-                    await flight.do_async(lost_async, "k")
-                except Lost:
-                    pass
+                    outcome = await flight.do_async(partial(coroutine, n), "k")
+                except BaseException as error:
+                    outcome = error
+                check(outcome, n, leads=True)
+                ended.wait(PATIENCE)
 
         def follower() -> None:
             for n in range(rounds):
+                own = ("follower", n)
                 start.wait(PATIENCE)
-                assert flight.do(lambda n=n: n, "k", timeout=PATIENCE)[0] in {n, n - 1, None}
+                check(outcome_of(flight.do, lambda own=own: own, "k"), n, leads=False)
+                ended.wait(PATIENCE)
 
         callers = [spawn_loop(leader_async) if leading == "task" else spawn(leader)]
         callers += [spawn(follower), spawn(follower)]
         for caller in callers:
             caller.result(PATIENCE)
-        assert flight.stats().promotions > 0
+        stats = flight.stats()
+        assert stats.executions + stats.shared == 3 * rounds
+        assert stats.deadlocks == 0
+        assert stats.shared > 0
+        assert stats.promotions > 0 or fate != "lost"
         assert_idle(flight, range(0))
 
 

@@ -115,7 +115,8 @@ class Execution:
     joinable: bool
     #: The leader's own caller still wants the outcome. Under the lock.
     attended: bool
-    #: How it ended; None while it runs. From then on `waiters` stays as it is. Under the lock.
+    #: How it ended; None while it runs. From then on nobody joins or leaves; who wakes the waiters
+    #: drops them. Under the lock.
     end: End | None
     #: The outcome, written with the end; followers read it after they have been woken.
     value: Any
@@ -145,7 +146,6 @@ class Execution:
         finally:
             del error  # or this frame and the error would keep each other alive
 
-
     def error(self) -> BaseException:
         """A follower's own exception, if the end was not a value."""
         if self.end is End.MISSING:
@@ -173,7 +173,7 @@ class Shard:
     )
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.table: dict[int, Execution] = {}
         self.overflow: dict[int, list[Execution]] = {}
         #: How often `overflow` has changed.
@@ -190,10 +190,20 @@ class Shard:
         The one that called fork may be inside a leader's function, and will end its execution
         here. It shall find a lock that nobody holds, and nobody to wake.
         """
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         for _, execution in self.executions():
             if execution.waiters:
                 execution.waiters = {}
+
+    def heal(self) -> None:
+        """Gives back the lock if an interrupted `with` has left it to this thread.
+
+        CPython 3.14 runs signal handlers between the taking of a lock and the first line of the
+        block, and what they raise leaves it taken. No step holds the lock while it calls any of
+        those that heal, so a lock that this thread has got then is a lost one. This is what an
+        RLock is needed for: it knows its owner.
+        """
+        release_if_owned(self.lock)
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -203,10 +213,9 @@ class Shard:
 
     def executions(self) -> list[tuple[int, Execution]]:
         """Those that run now, with the hashes of their keys."""
-        with self.lock:
-            found = list(self.table.items())
-            for h, group in self.overflow.items():
-                found += [(h, execution) for execution in group]
+        found = list(self.table.items())
+        for h, group in list(self.overflow.items()):
+            found += [(h, execution) for execution in tuple(group)]
         return found
 
     def waiting(self) -> int:
@@ -220,10 +229,15 @@ class Shard:
 
     def count_started(self) -> int:
         """How many executions were ever started here, by leaders and by those who took over."""
-        with self.lock:
-            # A count can only be read by counting: take the readings off.
-            self._started_reads += 1
-            return next(self.started) - self._started_reads + 1 + self.promotions
+        try:
+            with self.lock:
+                # A count can only be read by counting: take the readings off.
+                number = next(self.started)
+                self._started_reads += 1
+                return number + 1 - self._started_reads + self.promotions
+        except BaseException:
+            self.heal()
+            raise
 
     def holders(self, h: int) -> list[Execution]:
         """All executions with this hash, those in overflow first."""
@@ -443,6 +457,7 @@ class Shard:
                 elif end is End.ERROR:
                     self.errors += 1
                 self.shared += served
+                execution.joinable = False
                 execution.end = end
 
     def _unlink(self, execution: Execution, h: int) -> None:
@@ -450,6 +465,12 @@ class Shard:
             del self.table[h]
         else:
             self._remove_from_overflow(execution, h)
+
+
+def release_if_owned(lock: Any) -> None:
+    """Releases an RLock that this thread holds: see `Shard.heal`."""
+    while lock._is_owned():  # the name under which threading.Condition asks
+        lock.release()
 
 
 class LonePart(tuple[Any]):
@@ -511,7 +532,9 @@ class Core:
             raise TypeError(f"hash must return an int, and returned {index!r} for the key {key!r}")
         return self._shards[index & (len(self._shards) - 1)]
 
-    def do(self, fn: Callable[[], T], /, *parts: Any, timeout: float | None = None) -> tuple[T, bool]:
+    def do(
+        self, fn: Callable[[], T], /, *parts: Any, timeout: float | None = None
+    ) -> tuple[T, bool]:
         """Runs `fn`, or waits for the caller that already runs it for this key.
 
         Args:

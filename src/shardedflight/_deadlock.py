@@ -5,8 +5,8 @@ executions", and looks whether a chain of edges leads back to the caller: an exe
 runs its function, and that one needs what it waits for. Leaders enter nothing. The search is that
 of CPython's import locks (`importlib._bootstrap._ModuleLock.has_deadlock`), with tasks added:
 
-- The task of a run needs the tasks that it awaits, directly or by what asyncio has for it (`gather`,
-  `TaskGroup`, `wait`, `wait_for`, `shield`), and what they wait for.
+- The task of a run needs the tasks that it awaits, directly or by what asyncio has for that
+  (`gather`, `TaskGroup`, `wait`, `wait_for`, `shield`), and what they wait for.
 - It needs the thread of its event loop, too: who blocks that thread is on the chain.
 
 Whatever a run's function starts inherits its context. So `current_run` tells all other coroutines
@@ -24,7 +24,7 @@ from threading import get_ident
 from types import CodeType
 from typing import Any
 
-from ._core import Core, Execution, Shard, gil_enabled, public_key
+from ._core import Core, Execution, Shard, gil_enabled, public_key, release_if_owned
 from ._waiting import LoopRun
 from .exceptions import DeadlockError
 
@@ -37,8 +37,9 @@ current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run"
 #: local variable `execution`, or `items` with an `execution` each.
 leading_code: set[CodeType] = {Core.do.__code__}
 
-#: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it.
-_lock = threading.Lock()
+#: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it. An
+#: RLock, so that an interrupted thread can give it back: see `Shard.heal`.
+_lock = threading.RLock()
 #: What a blocked thread waits for, by its ident. Entered under the lock, and taken out without.
 _blocked: dict[int, Sequence[Execution]] = {}
 
@@ -57,21 +58,25 @@ def begin_wait(
         DeadlockError: They wait for this thread or task, directly or not. Nothing is entered then.
     """
     task = None if future is None else asyncio.current_task()
-    with _lock:
-        if future is None:
-            _blocked[get_ident()] = executions
-        else:
-            run = current_run.get()
-            if run is not None:
-                if run.waits is None:
-                    run.waits = {}
-                run.waits[future] = (task, executions)
-        error = _find_cycle(executions, task, ())
-    if error is not None:
+    try:
+        with _lock:
+            if future is None:
+                _blocked[get_ident()] = executions
+            else:
+                run = current_run.get()
+                if run is not None:
+                    if run.waits is None:
+                        run.waits = {}
+                    run.waits[future] = (task, executions)
+            error = _find_cycle(executions, task, ())
+        if error is not None:
+            with shard.lock:
+                shard.deadlocks += 1
+            raise error
+    except BaseException:
+        release_if_owned(_lock)
         end_wait(future)
-        with shard.lock:
-            shard.deadlocks += 1
-        raise error
+        raise
 
 
 def check_wait(
@@ -86,12 +91,16 @@ def check_wait(
         blocking: Whether the thread will block, or the task will await.
     """
     task = None if blocking else asyncio.current_task()
-    with _lock:
-        error = _find_cycle(executions, task, first)
-    if error is not None:
-        with shard.lock:
-            shard.deadlocks += 1
-        raise error
+    try:
+        with _lock:
+            error = _find_cycle(executions, task, first)
+        if error is not None:
+            with shard.lock:
+                shard.deadlocks += 1
+            raise error
+    except BaseException:
+        release_if_owned(_lock)
+        raise
 
 
 def _find_cycle(
@@ -280,7 +289,7 @@ def _led_inside(execution: Execution) -> list[Execution]:
 
 def _after_fork_in_child() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _blocked.clear()
 
 

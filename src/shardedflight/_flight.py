@@ -10,16 +10,27 @@ import threading
 import weakref
 from _thread import start_new_thread
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
-from concurrent.futures import Executor, Future, InvalidStateError
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
 from functools import partial
 from threading import get_ident
 from types import CoroutineType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from . import _many
-from ._core import Core, End, Execution, OnAbandon, Run, Shard, gil_enabled, not_awaitable, refuse_coroutine
-from ._core import public_key, refuse_coroutine_function
+from ._core import (
+    Core,
+    End,
+    Execution,
+    OnAbandon,
+    Run,
+    Shard,
+    gil_enabled,
+    not_awaitable,
+    public_key,
+    refuse_coroutine,
+    refuse_coroutine_function,
+    release_if_owned,
+)
 from ._deadlock import begin_wait, current_run, end_wait, leading_code
 from ._waiting import (
     LoopRun,
@@ -44,7 +55,7 @@ _SHARDS_FREE_THREADED = 64
 _SHARDS_GIL = 1
 
 # asyncio.Task can run a coroutine's first step at once since Python 3.12.
-_EAGER: Mapping[str, bool] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,9 +146,8 @@ class ShardedFlight(Core):
         self._cancels = on_abandon == "cancel"
         self._name = name
         self._executor = executor
-        #: The pool made here, and the lock under which it is made.
-        self._own_executor: ThreadPoolExecutor | None = None
-        self._executor_lock = threading.Lock()
+        #: The pool made here when it is first needed, under `_pool_lock`.
+        self._pool: ThreadPoolExecutor | None = None
         _flights.add(self)
 
     # -- threads ----------------------------------------------------------------------------------
@@ -163,13 +173,13 @@ class ShardedFlight(Core):
                             with shard.lock:
                                 shard.timeouts += 1
                             wanted = public_key(execution.key)
-                            raise FlightTimeout(f"waited {timeout} s for the execution of {wanted!r}")
+                            raise FlightTimeout(
+                                f"waited {timeout} s for the execution of {wanted!r}"
+                            )
                         sleeper.sleep()
                 finally:
                     end_wait()
-                leads = sleeper.news[0][1]
-                sleeper.news.clear()  # they hold the execution, which holds the sleeper
-                if not leads:
+                if not sleeper.news[0][1]:
                     return execution.outcome()
         except BaseException:
             try:
@@ -211,9 +221,7 @@ class ShardedFlight(Core):
 
     # -- coroutines -------------------------------------------------------------------------------
 
-    async def do_async(
-        self, fn: Callable[[], Awaitable[T]], /, *parts: Any
-    ) -> tuple[T, bool]:
+    async def do_async(self, fn: Callable[[], Awaitable[T]], /, *parts: Any) -> tuple[T, bool]:
         """Awaits what `fn` returns, or the execution that already runs for this key.
 
         The awaitable runs in a task that the flight owns, on this event loop, with a copy of this
@@ -330,12 +338,12 @@ class ShardedFlight(Core):
         if run.task is None:  # begun at once, before its maker has it
             run.task = asyncio.current_task()
         try:
-            awaitable = fn()
+            awaitable: Any = fn()
             if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
                 run.error = not_awaitable(awaitable)
                 self._conclude(execution, shard, h, run, End.LOST)
                 return
-            value = await awaitable
+            value = await awaitable  # pyright: ignore[reportUnknownVariableType]
             run.value = value
             if execution.waiters is None and shard.table.get(h) is execution:
                 del shard.table[h]
@@ -412,20 +420,20 @@ class ShardedFlight(Core):
             if execution is mine:
                 future.submit(execution)
         except BaseException:
+            release_if_owned(_pool_lock)
             self._withdraw(shard, h, future, execution)
             self._conclude(mine, shard, h, future, End.LOST)
             raise
         return future
 
     def _submit(self, work: Callable[..., None], *args: Any) -> "Future[None]":
-        executor: Executor | None = self._executor or self._own_executor
+        executor = self._executor if self._executor is not None else self._pool
         if executor is None:
-            with self._executor_lock:
-                if self._own_executor is None:
-                    self._own_executor = ThreadPoolExecutor(
-                        thread_name_prefix=f"shardedflight-{self._name or hex(id(self))}"
-                    )
-                executor = self._own_executor
+            with _pool_lock:
+                if self._pool is None:
+                    name = self._name if self._name is not None else f"{id(self):#x}"
+                    self._pool = ThreadPoolExecutor(thread_name_prefix=f"shardedflight-{name}")
+                executor = self._pool
         return executor.submit(work, *args)
 
     def _withdraw_future(self, future: "FlightFuture", execution: Execution) -> None:
@@ -482,6 +490,7 @@ class ShardedFlight(Core):
         value: Any = None,
         traceback: TracebackType | None = None,
     ) -> None:
+        shard.heal()
         while True:
             shard.settle(execution, h, leader, end, value, traceback)
             if execution.end is not None:
@@ -493,7 +502,7 @@ class ShardedFlight(Core):
             gone = partial(self._conclude, execution, shard, h, heir, End.LOST)
             if offer(execution, heir, gone):
                 return
-            leader, end = heir, End.LOST
+            leader, end = heir, End.LOST  # pyright: ignore[reportUnknownVariableType]
 
     def _leave(self, shard: Shard, execution: Execution, waiter: Any) -> bool:
         left, unwanted = shard.leave(execution, waiter, self._cancels)
@@ -512,6 +521,7 @@ class ShardedFlight(Core):
         Usually it had joined `joined`. If it was interrupted while it joined, nobody has told it
         what: it is looked for.
         """
+        shard.heal()
         for execution in {joined, *shard.holders(h)}:
             if not self._leave(shard, execution, waiter) and execution.leader is waiter:
                 self._conclude(execution, shard, h, waiter, End.LOST)
@@ -531,7 +541,12 @@ class ShardedFlight(Core):
         """
         key = self._key(parts)
         h = hash(key)
-        self._shard_of(key, h).forget(h, key)
+        shard = self._shard_of(key, h)
+        try:
+            shard.forget(h, key)
+        except BaseException:
+            shard.heal()
+            raise
 
     def in_flight(self) -> int:
         """How many executions run now, those that were forgotten among them."""
@@ -557,9 +572,7 @@ class ShardedFlight(Core):
 
     def __repr__(self) -> str:
         name = f" {self._name!r}" if self._name is not None else ""
-        return (
-            f"<{type(self).__name__}{name}: {self.shards} shards, {self.in_flight()} in flight>"
-        )
+        return f"<{type(self).__name__}{name}: {self.shards} shards, {self.in_flight()} in flight>"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
@@ -587,16 +600,13 @@ class ShardedFlight(Core):
         for shard in self._shards:
             shard.orphan()
         self._make_shards(len(self._shards))
-        self._own_executor = None
-        self._executor_lock = threading.Lock()
+        self._pool = None
 
 
 class FlightFuture(Future[Any], Run, Waiter):
     """What `do_future` returns: the caller of a function on the executor, or a follower."""
 
-    def __init__(
-        self, flight: ShardedFlight, fn: Callable[[], Any], shard: Shard, h: int
-    ) -> None:
+    def __init__(self, flight: ShardedFlight, fn: Callable[[], Any], shard: Shard, h: int) -> None:
         super().__init__()
         self._flight = flight
         self._fn = fn
@@ -726,6 +736,7 @@ def _work_is_done(job: list[tuple[FlightFuture, Execution]], work: "Future[None]
 
 # -- helpers --------------------------------------------------------------------------------------
 
+
 def _check_executor(executor: object) -> None:
     if not isinstance(executor, Executor) and not callable(getattr(executor, "submit", None)):
         raise TypeError(f"executor must be a concurrent.futures.Executor or None, not {executor!r}")
@@ -736,6 +747,9 @@ def _check_executor(executor: object) -> None:
             "ThreadPoolExecutor"
         )
 
+
+#: An RLock, so that an interrupted thread can give it back: see `Shard.heal`.
+_pool_lock = threading.RLock()
 
 leading_code.add(ShardedFlight._lead.__code__)
 
@@ -749,6 +763,8 @@ def _loop_closed() -> None:
 
 
 def _after_fork_in_child() -> None:
+    global _pool_lock
+    _pool_lock = threading.RLock()
     for flight in list(_flights):
         flight._after_fork_in_child()
 

@@ -82,7 +82,7 @@ class _Batch:
 
     def join(self, leader: Any, waiter: Waiter) -> list[_Item]:
         """Joins or links all keys; returns those that the call leads."""
-        led = []
+        led: list[_Item] = []
         for item in self.items:
             item.mine.leader = leader
             item.execution = item.shard.join(item.h, item.mine, waiter)
@@ -95,7 +95,7 @@ class _Batch:
 
     def hear(self, news: list[tuple[Execution, bool]]) -> list[_Item]:
         """Takes the news of joined executions; returns those that the call now leads."""
-        promoted = []
+        promoted: list[_Item] = []
         while news:
             execution, leads = news.pop(0)
             item = self.joined.pop(execution, None)
@@ -346,9 +346,7 @@ async def _run(
         del run, batch, items  # the error's traceback holds this frame: see Failure
 
 
-def _leave(
-    batch: _Batch, inbox: Inbox, begun: LoopRun, runs: dict[LoopRun, list[_Item]]
-) -> None:
+def _leave(batch: _Batch, inbox: Inbox, begun: LoopRun, runs: dict[LoopRun, list[_Item]]) -> None:
     """The caller goes. Its runs go on for those keys that somebody else still wants."""
     for run, items in runs.items():
         for item in () if run.done else items:

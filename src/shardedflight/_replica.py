@@ -14,9 +14,16 @@ classes, so one rule covers them.
 
 from collections.abc import Iterator
 from types import BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["Failure"]
+
+
+# The fields as BaseException itself keeps them, whatever a subclass has put in their place.
+_ARGS: Any = BaseException.__dict__["args"]
+_CAUSE: Any = BaseException.__dict__["__cause__"]
+_CONTEXT: Any = BaseException.__dict__["__context__"]
+_TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 
 
 class Failure:
@@ -40,14 +47,15 @@ class Failure:
     def __init__(self, error: BaseException, traceback: TracebackType | None) -> None:
         self._error = error
         self._traceback = traceback
-        self._args = BaseException.args.__get__(error)  # type: ignore[attr-defined]
+        self._args = _ARGS.__get__(error)
         self._cause = error.__cause__
         self._context = error.__context__
         self._attributes = _unshare_notes(_own_dict(error).copy())
         self._state = tuple(_slot_values(error))
         self._inner: tuple[Failure, ...] = ()
         if isinstance(error, BaseExceptionGroup):
-            self._inner = tuple(Failure(e, e.__traceback__) for e in error.exceptions)
+            group = cast("BaseExceptionGroup[BaseException]", error)
+            self._inner = tuple(Failure(e, e.__traceback__) for e in group.exceptions)
 
     def replica(self) -> BaseException:
         """A new exception that says the same, its traceback beginning where the leader failed.
@@ -58,10 +66,10 @@ class Failure:
         error = self._empty()
         if error is None:
             return self._error.with_traceback(self._traceback)
-        BaseException.args.__set__(error, self._args)  # type: ignore[attr-defined]
-        BaseException.__cause__.__set__(error, self._cause)  # type: ignore[attr-defined]
-        BaseException.__context__.__set__(error, self._context)  # type: ignore[attr-defined]
-        BaseException.__traceback__.__set__(error, self._traceback)  # type: ignore[attr-defined]
+        _ARGS.__set__(error, self._args)
+        _CAUSE.__set__(error, self._cause)
+        _CONTEXT.__set__(error, self._context)
+        _TRACEBACK.__set__(error, self._traceback)
         for descriptor, value in self._state:
             try:
                 descriptor.__set__(error, value)

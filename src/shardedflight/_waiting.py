@@ -141,6 +141,7 @@ def wake_all(execution: Execution) -> None:
             elsewhere.setdefault(loop, []).append(waiter)
     for loop, futures in elsewhere.items():
         _call_in(loop, _wake_futures, futures)
+    execution.waiters = {}  # they hold the execution, too
 
 
 def _wake_futures(futures: "list[asyncio.Future[bool]]") -> None:
@@ -224,6 +225,7 @@ class LoopRun(Run):
     def finish(self) -> None:
         """The task is through; the outcome is set."""
         self.done = True
+        self.task = None  # its context holds this run
         bell = self.bell
         if bell is not None and not bell.done():
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is to be woken
@@ -231,10 +233,11 @@ class LoopRun(Run):
 
     def outcome(self) -> tuple[Any, bool]:
         """The outcome for the leader's own caller: the original exception, not a replica."""
-        error = self.error
+        # Contexts that outlive the task may hold this run: it keeps nothing for them.
+        value, self.value = self.value, None
+        error, self.error = self.error, None
         if error is None:
-            return self.value, self.shared
-        self.error = None
+            return value, self.shared
         try:
             raise error
         finally:

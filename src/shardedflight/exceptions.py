@@ -64,6 +64,7 @@ class FlightErrorGroup(FlightError, ExceptionGroup[Exception]):
     def __new__(
         cls, failed: Mapping[Any, Exception], found: Mapping[Any, tuple[Any, bool]]
     ) -> "FlightErrorGroup":
+        """Makes a group of the failed keys' exceptions."""
         names = ", ".join(repr(key) for key in failed)
         message = f"{len(failed)} of {len(failed) + len(found)} keys failed: {names}"
         group = super().__new__(cls, message, list(failed.values()))
@@ -71,14 +72,16 @@ class FlightErrorGroup(FlightError, ExceptionGroup[Exception]):
         group.found = found
         return group
 
-    # ExceptionGroup takes the arguments of __new__ for a message and a list: not ours.
-    def __init__(self, failed: object, found: object) -> None:
-        super().__init__(self.message, self.exceptions)
+    def __init__(
+        self, failed: Mapping[Any, Exception], found: Mapping[Any, tuple[Any, bool]]
+    ) -> None:
+        """Makes a group of the failed keys' exceptions."""
+        super().__init__(self.message, self.exceptions)  # what the base takes, not what we take
 
-    def derive(self, excs: Sequence[Exception], /) -> "FlightErrorGroup":  # type: ignore[override]
+    def derive(self, excs: Sequence[Any], /) -> "ExceptionGroup[Any]":
         """The part of this group that `except*` or `split` picks, with the same `found`."""
         chosen = {id(error) for error in excs}
         failed = {key: error for key, error in self.failed.items() if id(error) in chosen}
         if len(failed) != len(excs):  # somebody nests what was not ours: keep what was asked for
-            return super().derive(excs)  # type: ignore[return-value]
+            return super().derive(excs)
         return FlightErrorGroup(failed, self.found)
