@@ -17,7 +17,7 @@ import types
 import urllib.error
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -1171,24 +1171,31 @@ def test_nothing_keeps_frames_or_values_alive(
 ) -> None:
     """3: "No reference cycle keeps frames alive after the callers are done (checked with the
     collector switched off)": an error's frames, a value, the function and the key."""
-    flight = ShardedFlight()
-    work: Any = work_kind()
-    key: Any = Token()
-    outcomes = [DISCARD[leader](flight, work, key)]
-    assert work.running.wait(PATIENCE)
-    if follower is not None:
-        function = never_async if follower == "task" else never
-        outcomes += [DISCARD[follower](flight, function, key) for _ in range(3)]
-        eventually(waiting(flight, 3))
-    work.go.set()
-    expected = "error" if work_kind is FailsWithToken else "value"
-    assert [outcome.result(PATIENCE) for outcome in outcomes] == [expected] * len(outcomes)
-    assert flight.in_flight() == 0
-    token = work.token
-    eventually(lambda: token() is None, "the token of the frame freed")
-    kept = [weakref.ref(work), weakref.ref(key)]
-    del work, key, outcomes
-    eventually(lambda: [ref() for ref in kept] == [None, None], "function and key freed")
+    with ThreadPoolExecutor(1) as pool:
+        flight = ShardedFlight(executor=pool)
+        work: Any = work_kind()
+        key: Any = Token()
+        outcomes = [DISCARD[leader](flight, work, key)]
+        assert work.running.wait(PATIENCE)
+        if follower is not None:
+            function = never_async if follower == "task" else never
+            outcomes += [DISCARD[follower](flight, function, key) for _ in range(3)]
+            eventually(waiting(flight, 3))
+        work.go.set()
+        expected = "error" if work_kind is FailsWithToken else "value"
+        assert [outcome.result(PATIENCE) for outcome in outcomes] == [expected] * len(outcomes)
+        assert flight.in_flight() == 0
+
+        def freed(*tokens: Any) -> bool:
+            # Without the GIL, what a thread made and others let go of goes when that thread runs.
+            pool.submit(int).result(PATIENCE)
+            return all(token() is None for token in tokens)
+
+        token = work.token
+        eventually(lambda: freed(token), "the token of the frame freed")
+        kept = [weakref.ref(work), weakref.ref(key)]
+        del work, key, outcomes
+        eventually(lambda: freed(*kept), "function and key freed")
 
 
 @pytest.mark.usefixtures("no_collector")

@@ -635,6 +635,7 @@ def test_a_key_that_changes_the_table_while_it_is_looked_up() -> None:
     def body() -> None:
         keys.append(Meddler("one", lambda: None))
         futures.append(flight.do_future(object, keys[0]))
+        futures.append(flight.do_future(object, keys[0]))
         keys.append(Meddler("one", meddle))
         futures.append(flight.do_future(object, keys[1]))
         keys.append(Meddler("other", meddle))

@@ -244,7 +244,7 @@ def test_at_most_one_execution_of_a_key_at_a_time() -> None:
     flight = ShardedFlight(4)
     lock = threading.Lock()
     now = most = runs = 0
-    threads, rounds = 6, 40
+    threads, rounds = 6, 150
     barrier = threading.Barrier(threads)
 
     def work() -> object:
@@ -276,10 +276,18 @@ def test_at_most_one_execution_of_a_key_at_a_time() -> None:
             barrier.wait(PATIENCE)
             await flight.do_async(work_async, "k")
 
-    callers = [spawn(by_do), spawn(by_do), spawn(by_future), spawn(by_future)]
-    callers += [spawn_loop(by_task), spawn_loop(by_task)]
-    for caller in callers:
-        caller.result(PATIENCE)
+    def body(call_over_and_over: Callable[[], Any]) -> None:
+        try:
+            call_over_and_over()
+        except BaseException:
+            barrier.abort()
+            raise
+
+    callers = [by_do, by_do, by_future, by_future]
+    callers += [lambda: asyncio.run(by_task()), lambda: asyncio.run(by_task())]
+    errors = [spawned.exception(PATIENCE) for spawned in [spawn(body, call) for call in callers]]
+    # Where one fails, the others find the barrier broken.
+    assert [e for e in errors if not isinstance(e, threading.BrokenBarrierError | None)] == []
     stats = flight.stats()
     assert most == 1
     assert stats.executions == runs

@@ -945,6 +945,51 @@ def test_a_future_that_cannot_take_over_hands_on(leading: str) -> None:
     assert_clean(flight, "k")
 
 
+class ExecutorOfOne(ThreadPoolExecutor):
+    """Does something before it takes its second function."""
+
+    def __init__(self, before_second: Callable[[], None]) -> None:
+        super().__init__(1)
+        self._before_second = before_second
+        self._submitted = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        self._submitted += 1
+        if self._submitted == 2:
+            self._before_second()
+        return super().submit(fn, *args, **kwargs)
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+@pytest.mark.parametrize("staying", [None, *KINDS])
+def test_a_future_that_is_cancelled_while_the_executor_takes_it_hands_on(
+    staying: str | None, refuses: bool
+) -> None:
+    """Section 4, sentence 3: "No key is ever stuck", between the choice and the start."""
+    leavers: list[Future[Any]] = []
+
+    def leave() -> None:
+        assert leavers[0].cancel()
+        if refuses:
+            raise RuntimeError("no more work")
+
+    with ExecutorOfOne(leave) as pool:
+        flight = ShardedFlight(executor=pool)
+        gate = threading.Event()
+        leader = lead("future", flight, Work(Lost(), gate), "k")
+        gone = Work("gone")
+        leavers.append(follow("future", flight, gone, "k"))
+        stayer = None if staying is None else follow(staying, flight, Work("stays"), "k")
+        gate.set()
+        assert isinstance(leader.exception(PATIENCE), Lost)
+        if stayer is not None:
+            # As the leader that it was chosen to be, it may have been run for the one who stays.
+            assert stayer.result(PATIENCE) == ("gone" if gone.runs else "stays", False)
+        assert leavers[0].cancelled()
+        assert gone.runs == 0 or not (refuses or staying is None)
+        assert_clean(flight, "k")
+
+
 def test_an_executor_that_is_already_shut_down_is_the_callers_error() -> None:
     """Section 4, sentence 1: "an executor shut down" when `do_future` is called."""
     pool = ThreadPoolExecutor(1)

@@ -386,6 +386,87 @@ def test_followers_that_join_in_the_instant_of_the_end_have_an_end(leading: str,
         assert_idle(flight, range(0))
 
 
+@pytest.mark.parametrize("leaving", ["thread", "future", "task"])
+def test_a_follower_that_leaves_in_the_instant_of_its_promotion(leaving: str) -> None:
+    """Sections 4 and 5: it has left or it leads; in both cases the key is free in the end."""
+    rounds = 150
+    start, ended = threading.Barrier(2), threading.Barrier(2)
+    with ThreadPoolExecutor(1) as pool:
+        flight = ShardedFlight(executor=pool)
+
+        def lost(n: int) -> None:
+            start.wait(PATIENCE)
+            for _ in range(n % 4):
+                time.sleep(0)
+            raise Lost
+
+        def leader() -> None:
+            for n in range(rounds):
+                with pytest.raises(Lost):
+                    flight.do(partial(lost, n), "k")
+                ended.wait(PATIENCE)
+
+        def check(outcome: Any) -> None:
+            if isinstance(outcome, BaseException):
+                assert isinstance(
+                    outcome, (FlightTimeout, CancelledError, asyncio.CancelledError)
+                ), repr(outcome)
+            else:
+                assert outcome == ("own", False)
+
+        def by_thread() -> Any:
+            start.wait(PATIENCE)
+            return outcome_of(flight.do, lambda: "own", "k", timeout=1e-5)
+
+        def by_future() -> Any:
+            future = flight.do_future(lambda: "own", "k")
+            start.wait(PATIENCE)
+            future.cancel()
+            return outcome_of(future.result, PATIENCE)
+
+        async def own() -> str:
+            await asyncio.sleep(0)
+            return "own"
+
+        async def by_task() -> Any:
+            task = asyncio.create_task(flight.do_async(own, "k"))
+            await eventually_async(lambda: flight.stats().waiting == 1)
+            start.wait(PATIENCE)
+            task.cancel()
+            await asyncio.wait([task])
+            return asyncio.CancelledError() if task.cancelled() else task.result()
+
+        led = spawn(leader)
+        for _ in range(rounds):
+            eventually(lambda: flight.in_flight() == 1)
+            if leaving == "task":
+                check(spawn_loop(by_task).result(PATIENCE))
+            else:
+                check(by_thread() if leaving == "thread" else by_future())
+            eventually(lambda: flight.in_flight() == 0, "nothing in flight")
+            ended.wait(PATIENCE)
+        led.result(PATIENCE)
+        assert_idle(flight, range(0))
+
+
+def test_futures_that_are_all_cancelled_while_they_are_handed_over() -> None:
+    """Sections 4 and 5: each of ten leads, is chosen, or is gone, at the moment of its cancel."""
+    with ThreadPoolExecutor(2) as pool:
+        flight = ShardedFlight(executor=pool)
+
+        def lost() -> None:
+            raise Lost
+
+        for n in range(1500):
+            futures = [flight.do_future(lost, n) for _ in range(10)]
+            for future in futures:
+                future.cancel()
+            for future in futures:
+                error = outcome_of(future.result, PATIENCE)
+                assert isinstance(error, (Lost, CancelledError))
+        assert_idle(flight, range(2))
+
+
 def test_many_loops_come_and_go_while_they_share_executions() -> None:
     """Sections 2 and 4: `asyncio.run` ends under leaders and followers, again and again."""
     flight = ShardedFlight(2)

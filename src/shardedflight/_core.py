@@ -22,10 +22,10 @@ dict's own lock (the "Thread safety guarantees" of CPython's documentation). All
 under `Shard.lock`.
 
 **Joining** races with that lock-free end. The follower writes itself into `execution.waiters`
-first and then does `setdefault` again; the leader unlinks first and reads `waiters` then. Whichever
-of the two dict operations comes second sees what the other side wrote before its own: either the
-follower finds the execution still linked, and the leader will find it among the waiters, or the
-follower finds it gone, and takes its name back (Dekker's argument, with the dict as the fence).
+first and then looks into the table again; the leader unlinks first and reads `waiters` then.
+Whichever of the two dict operations comes second sees what the other side wrote before its own:
+either the follower finds the execution still linked, and the leader will find it among the waiters,
+or the follower finds it gone, and takes its name back (Dekker's argument, with the dict as fence).
 
 **Two keys with one hash**, or a key whose last execution was forgotten and still runs: the place is
 taken, so the newcomer goes to `overflow`, a dict that is read and changed under the lock. It is put
@@ -54,6 +54,9 @@ __all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout", "public_
 T = TypeVar("T")
 
 OnAbandon = Literal["cancel", "finish"]
+
+#: A key that no table has: a hash is never so wide.
+_FENCE = 1 << 100
 
 
 class End(enum.Enum):
@@ -263,36 +266,69 @@ class Shard:
         Raises:
             Exception: What `__eq__` of a key raised; the caller ends `mine` if it is linked.
         """
+        while not self._lead(h, mine):
+            joined = self.follow(h, mine.key, waiter)
+            if joined is not None:
+                return joined
+        return mine
+
+    def follow(self, h: int, key: Any, waiter: Any) -> Execution | None:
+        """Makes `waiter` a follower of the joinable execution for `key`.
+
+        Returns:
+            The execution, or None if there is none.
+        """
         table = self.table
         while True:
             changes = self.overflow_changes
-            head = table.setdefault(h, mine)
-            match = self._match(h, mine.key, head, mine)
+            head = table.get(h)
+            # What _match finds where nothing is special, without the calls.
+            if (
+                head is not None
+                and (head.waiters is None or head.joinable)
+                and (head.key is key or head.key == key)
+                and not self.overflow
+            ):
+                match = head
+            else:
+                found = self._match(h, key, head)
+                if found is None:
+                    return None
+                match = found
             with self.lock:
-                if changes != self.overflow_changes:
+                if match.waiters is None:
+                    self.touch(match, h)
+                elif not match.joinable:
                     continue
-                # What others have touched in the meantime may have followers: it has to lead. There
-                # is a match beside it only if it was forgotten since.
-                if head is mine and (match is None or mine.waiters is not None):
-                    next(self.started)
-                    return mine
-                if match is None:
-                    if self._link_beside(h, mine, head):
-                        next(self.started)
-                        return mine
-                elif match.waiters is None or match.joinable:
-                    if match.waiters is None:
-                        self.touch(match, h)
-                    waiters = cast("dict[Any, None]", match.waiters)
-                    waiters[waiter] = None
-                    if match is not head:
-                        if head is mine:
-                            del table[h]
-                    # Not `get`: on builds without the GIL it takes no lock, and is no fence.
-                    elif table.setdefault(h, mine) is not head:
-                        del waiters[waiter]
-                        continue
+                waiters = cast("dict[Any, None]", match.waiters)
+                waiters[waiter] = None
+                if match is head:
+                    # The dict's own lock is the fence, and `get` alone does not take it.
+                    table.pop(_FENCE, None)
+                    if table.get(h) is head:
+                        return match
+                elif changes == self.overflow_changes:
                     return match
+                del waiters[waiter]
+
+    def _lead(self, h: int, mine: Execution) -> bool:
+        """Links `mine`; False, with `mine` not linked, if another one may be joinable."""
+        changes = self.overflow_changes
+        head = self.table.setdefault(h, mine)
+        match = self._match(h, mine.key, head, mine)
+        if match is not None and head is not mine:
+            return False
+        with self.lock:
+            if head is mine:
+                # What others have touched in the meantime may have followers: it has to lead. If
+                # there is a match beside it, then it was forgotten since.
+                if mine.waiters is None and (match is not None or changes != self.overflow_changes):
+                    del self.table[h]
+                    return False
+            elif changes != self.overflow_changes or not self._link_beside(h, mine, head):
+                return False
+            next(self.started)
+            return True
 
     def _match(
         self, h: int, key: Any, head: Execution | None, mine: Execution | None = None

@@ -18,30 +18,40 @@ import asyncio
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from threading import get_ident
-from types import CodeType
 from typing import Any
 
 from ._core import Core, Execution, Shard, gil_enabled, public_key, release_if_owned
 from ._waiting import LoopRun
 from .exceptions import DeadlockError
 
-__all__ = ["begin_wait", "check_wait", "current_run", "end_wait", "leading_code"]
+__all__ = ["begin_run", "begin_wait", "check_wait", "current_run", "end_wait", "leading_code"]
 
 #: The innermost run in whose function this code runs, or whose function has started it.
 current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run", default=None)
 
 #: The functions of ours below which a leader's function runs on its caller's stack. Each has the
 #: local variable `execution`, or `items` with an `execution` each.
-leading_code: set[CodeType] = {Core.do.__code__}
+leading_code: set[types.CodeType] = {Core.do.__code__}
 
 #: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it. An
 #: RLock, so that an interrupted thread can give it back: see `Shard.heal`.
 _lock = threading.RLock()
 #: What a blocked thread waits for, by its ident. Entered under the lock, and taken out without.
 _blocked: dict[int, Sequence[Execution]] = {}
+
+
+@types.coroutine
+def begin_run(run: LoopRun) -> Iterator[None]:
+    """The first thing that the task of `run` awaits, in its own context."""
+    if run.paused:
+        yield
+    else:  # its first step runs before its maker has the task
+        run.task = asyncio.current_task()
+    current_run.set(run)
 
 
 def begin_wait(

@@ -31,7 +31,7 @@ from ._core import (
     refuse_coroutine_function,
     release_if_owned,
 )
-from ._deadlock import begin_wait, current_run, end_wait, leading_code
+from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code
 from ._waiting import (
     LoopRun,
     Sleeper,
@@ -53,6 +53,8 @@ V = TypeVar("V")
 #: Shards where threads really run at once, and where the GIL lets one run at a time.
 _SHARDS_FREE_THREADED = 64
 _SHARDS_GIL = 1
+
+_VALUE = End.VALUE
 
 # asyncio.Task can run a coroutine's first step at once since Python 3.12.
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
@@ -245,36 +247,45 @@ class ShardedFlight(Core):
         h = hash(key)
         shard = self._single or self._shard_of(key, h)
         loop = asyncio.get_running_loop()
-        execution = mine = Execution()
-        mine.key = key
-        mine.waiters = None
+        mine: Execution | None = None
+        execution: Execution | None = None
         run: LoopRun | None = None
         waiter: asyncio.Future[bool] | None = None
         try:
-            if h not in shard.table:
+            if h in shard.table or shard.overflow:
+                waiter = loop.create_future()
+                execution = shard.follow(h, key, waiter)
+            if execution is None:
+                execution = mine = Execution()
+                mine.key = key
                 run = mine.leader = LoopRun(loop)
-            if run is not None and shard.table.setdefault(h, mine) is mine and not shard.overflow:
-                next(shard.started)
-            else:
-                waiter = mine.leader = loop.create_future()
-                execution = shard.join(h, mine, waiter)
-                if execution is not mine:
-                    if id(loop) not in watched_loops:
-                        watch_loop(loop, _loop_closed)
-                    if current_run.get() is not None or execution.leader == get_ident():
-                        begin_wait(shard, (execution,), waiter)
-                        try:
-                            promoted = await waiter
-                        finally:
-                            end_wait(waiter)
-                    else:
+                mine.waiters = None
+                if shard.table.setdefault(h, mine) is mine and not shard.overflow:
+                    next(shard.started)
+                else:
+                    waiter = waiter or loop.create_future()
+                    execution = shard.join(h, mine, waiter)
+            if execution is not mine:
+                assert waiter is not None
+                if id(loop) not in watched_loops:
+                    watch_loop(loop, _loop_closed)
+                if current_run.get() is not None or execution.leader == get_ident():
+                    begin_wait(shard, (execution,), waiter)
+                    try:
                         promoted = await waiter
-                    if not promoted:
-                        return execution.outcome()
+                    finally:
+                        end_wait(waiter)
+                else:
+                    promoted = await waiter
+                if not promoted:
+                    if execution.end is _VALUE:  # as outcome() does, without the call
+                        return execution.value, execution.shared
+                    return execution.outcome()
                 run = LoopRun(loop)
                 if not shard.adopt(execution, waiter, run):
                     raise asyncio.CancelledError("the event loop was closed")
-            self._start(run, self._run(run, execution, shard, h, fn), (execution, shard, h))
+            assert run is not None
+            self._start(run, self._run(run, execution, shard, h, fn))
             if not run.done:
                 run.bell = loop.create_future()
                 if id(loop) not in watched_loops:
@@ -299,31 +310,19 @@ class ShardedFlight(Core):
         finally:
             del execution, mine, run  # a traceback may hold this frame: see Failure
 
-    def _start(
-        self, run: LoopRun, coroutine: Coroutine[Any, Any, None], *led: tuple[Execution, Shard, int]
-    ) -> None:
-        """Runs `coroutine` in a task, to lead `led`; its first step at once where possible."""
+    def _start(self, run: LoopRun, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Runs `coroutine`, a run's, in a task; its first step at once where possible."""
         loop = run.loop
         if _EAGER and loop.get_task_factory() is None:
             task: asyncio.Task[None] = asyncio.Task(coroutine, loop=loop, **_EAGER)
         else:
+            # A task that is cancelled before its first step runs nothing, no `finally` either. So
+            # the coroutine is brought into its `try` here.
+            run.paused = True
+            coroutine.send(None)
             task = loop.create_task(coroutine)
-            task.add_done_callback(partial(self._never_began, run, led))
         if not run.done:
             run.task = task
-
-    def _never_began(
-        self,
-        run: LoopRun,
-        led: Iterable[tuple[Execution, Shard, int]],
-        task: "asyncio.Task[None]",
-    ) -> None:
-        """A task that is cancelled before its first step runs nothing, no `finally` either."""
-        if not run.done:
-            run.error = asyncio.CancelledError()
-            for execution, shard, h in led:
-                self._conclude(execution, shard, h, run, End.LOST)
-            run.finish()
 
     async def _run(
         self,
@@ -334,10 +333,8 @@ class ShardedFlight(Core):
         fn: Callable[[], Awaitable[Any]],
     ) -> None:
         """The task of an execution. Raises only what tells its loop that it was cancelled."""
-        current_run.set(run)
-        if run.task is None:  # begun at once, before its maker has it
-            run.task = asyncio.current_task()
         try:
+            await begin_run(run)
             awaitable: Any = fn()
             if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
                 run.error = not_awaitable(awaitable)
@@ -366,8 +363,8 @@ class ShardedFlight(Core):
         self,
         shard: Shard,
         h: int,
-        mine: Execution,
-        execution: Execution,
+        mine: Execution | None,
+        execution: Execution | None,
         waiter: "asyncio.Future[bool] | None",
         run: LoopRun | None,
     ) -> None:
@@ -376,11 +373,13 @@ class ShardedFlight(Core):
             self._withdraw(shard, h, waiter, execution)
         if run is None or run.done:
             return
-        if run.task is None:
-            for begun in {mine, execution}:
+        for begun in (mine, execution):
+            if begun is None:
+                continue
+            if run.task is None:
                 self._conclude(begun, shard, h, run, End.LOST)
-        else:
-            self._leave_leader(execution, shard, h, run)
+            else:
+                self._leave_leader(begun, shard, h, run)
 
     # -- futures ----------------------------------------------------------------------------------
 
@@ -515,14 +514,17 @@ class ShardedFlight(Core):
         if unwanted is not None:
             unwanted.abandon(execution)
 
-    def _withdraw(self, shard: Shard, h: int, waiter: Any, joined: Execution) -> None:
+    def _withdraw(self, shard: Shard, h: int, waiter: Any, joined: Execution | None) -> None:
         """A follower goes, even if it was to take over.
 
         Usually it had joined `joined`. If it was interrupted while it joined, nobody has told it
         what: it is looked for.
         """
         shard.heal()
-        for execution in {joined, *shard.holders(h)}:
+        found = set(shard.holders(h))
+        if joined is not None:
+            found.add(joined)
+        for execution in found:
             if not self._leave(shard, execution, waiter) and execution.leader is waiter:
                 self._conclude(execution, shard, h, waiter, End.LOST)
 

@@ -15,7 +15,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Shard, not_awaitable, refuse_coroutine
-from ._deadlock import begin_wait, check_wait, current_run, end_wait, leading_code
+from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code
 from ._replica import Failure
 from ._waiting import (
     Inbox,
@@ -267,7 +267,7 @@ async def do_many_async(
             batch.check_wait(led, blocking=False)
         if led:
             runs[run] = led
-            _start(batch, run, inbox, led, fn)
+            flight._start(run, _run(batch, run, inbox, led, fn))
         while batch.joined or runs:
             bell = inbox.bell()
             if current_run.get() is not None:
@@ -288,7 +288,7 @@ async def do_many_async(
                 for item in promoted:
                     item.shard.adopt(item.execution, inbox, run)
                 runs[run] = promoted
-                _start(batch, run, inbox, promoted, fn)
+                flight._start(run, _run(batch, run, inbox, promoted, fn))
         return batch.answer()
     except GeneratorExit:
         flight._on_a_thread(_leave, batch, inbox, run, runs)  # see ShardedFlight.do_async
@@ -301,17 +301,6 @@ async def do_many_async(
             batch.clear()
 
 
-def _start(
-    batch: _Batch,
-    run: LoopRun,
-    inbox: Inbox,
-    items: list[_Item],
-    fn: Callable[[list[Any]], Awaitable[Mapping[Any, Any]]],
-) -> None:
-    led = [(item.execution, item.shard, item.h) for item in items]
-    batch.flight._start(run, _run(batch, run, inbox, items, fn), *led)
-
-
 async def _run(
     batch: _Batch,
     run: LoopRun,
@@ -320,11 +309,9 @@ async def _run(
     fn: Callable[[list[Any]], Awaitable[Mapping[Any, Any]]],
 ) -> None:
     """The task of a run for many keys. What `fn` raises is kept in the batch."""
-    current_run.set(run)
-    if run.task is None:  # begun at once, before its maker has it
-        run.task = asyncio.current_task()
     run.pending = {item.execution for item in items}
     try:
+        await begin_run(run)
         awaitable = fn([item.names[0] for item in items])
         if not inspect.isawaitable(awaitable):
             run.error = not_awaitable(awaitable)

@@ -193,6 +193,7 @@ class LoopRun(Run):
         "done",
         "error",
         "loop",
+        "paused",
         "pending",
         "shared",
         "task",
@@ -205,6 +206,8 @@ class LoopRun(Run):
         self.loop = loop
         self.thread = get_ident()
         self.task: asyncio.Task[None] | None = None
+        #: The coroutine has been begun before its task: see `ShardedFlight._start`.
+        self.paused = False
         #: What the leader's own caller sleeps on; made only if the task suspends.
         self.bell: asyncio.Future[None] | None = None
         #: The outcome, for the leader's own caller.
