@@ -5,7 +5,9 @@ Layers, each importing only from those below it (checked by import-linter in `ma
     __main__, demo, bench    programs, on the public names only
     _flight                  ShardedFlight
     _many                    many keys in one call
-    _waiting                 how callers wait, and who waits for whom
+    _future                  what do_future returns
+    _deadlock                who waits for whom
+    _waiting                 how callers wait, and how they are woken
     _core                    who leads, who follows, who is settled
     _replica, exceptions, keys
 """

@@ -343,19 +343,20 @@ class Shard:
         return head
 
     def _link_beside(self, h: int, mine: Execution, head: Execution) -> bool:
-        """Links `mine` in overflow, since `head` has its place. Under the lock.
+        """Links `mine` in overflow as long as `head` has its place. Under the lock.
 
         Returns:
-            False if `head` has not got it any more: another of the same key may be there.
+            False, with `mine` not linked, if the place has another holder: it may be of this key.
         """
         self.touch(mine, h)
         self.overflow.setdefault(h, []).append(mine)
         self.overflow_changes += 1
-        if self.table.setdefault(h, mine) is head:
+        holder = self.table.setdefault(h, mine)
+        if holder is head:
             return True
         self._remove_from_overflow(mine, h)
         mine.waiters = None
-        return False
+        return holder is mine
 
     def _remove_from_overflow(self, execution: Execution, h: int) -> None:
         group = self.overflow.get(h, [])

@@ -134,7 +134,7 @@ def end_wait(future: "asyncio.Future[Any] | None" = None) -> None:
 
 
 def _path_back(
-    executions: Iterable[Execution],
+    executions: Sequence[Execution],
     task: "asyncio.Task[Any] | None",
     first: Iterable[Execution],
 ) -> list[Execution] | None:
@@ -143,6 +143,10 @@ def _path_back(
     The caller is this thread, and `task` if it only awaits.
     """
     thread = get_ident()
+    if len(executions) == 1:  # the usual case, quickly: a leader that waits for nothing
+        leader = executions[0].leader
+        if not isinstance(leader, LoopRun) and leader != thread and leader not in _blocked:
+            return None
     own_run = current_run.get() if task is not None else None
     seen = set(first)
     # Depth first, without recursion: each entry is an execution and the chain before it.

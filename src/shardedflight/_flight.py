@@ -10,7 +10,7 @@ import threading
 import weakref
 from _thread import start_new_thread
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
-from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from threading import get_ident
 from types import CoroutineType, TracebackType
@@ -22,7 +22,6 @@ from ._core import (
     End,
     Execution,
     OnAbandon,
-    Run,
     Shard,
     gil_enabled,
     not_awaitable,
@@ -32,6 +31,7 @@ from ._core import (
     release_if_owned,
 )
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code
+from ._future import FlightFuture
 from ._waiting import (
     LoopRun,
     Sleeper,
@@ -209,6 +209,10 @@ class ShardedFlight(Core):
             if type(value) is CoroutineType:
                 self._conclude(execution, shard, h, leader, End.LOST)
                 refuse_coroutine(value)
+            if execution.waiters is None and shard.table.get(h) is execution:
+                del shard.table[h]
+                if execution.waiters is None:
+                    return value, False
             self._conclude(execution, shard, h, leader, End.VALUE, value)
             return value, execution.shared
         except BaseException as error:
@@ -435,9 +439,10 @@ class ShardedFlight(Core):
                 executor = self._pool
         return executor.submit(work, *args)
 
-    def _withdraw_future(self, future: "FlightFuture", execution: Execution) -> None:
+    def _withdraw_future(
+        self, future: FlightFuture, execution: Execution, shard: Shard, h: int
+    ) -> None:
         """The caller of a future has cancelled it."""
-        shard, h = future.place
         if not self._leave(shard, execution, future):
             self._leave_leader(execution, shard, h, future, future.thread)
 
@@ -603,137 +608,6 @@ class ShardedFlight(Core):
             shard.orphan()
         self._make_shards(len(self._shards))
         self._pool = None
-
-
-class FlightFuture(Future[Any], Run, Waiter):
-    """What `do_future` returns: the caller of a function on the executor, or a follower."""
-
-    def __init__(self, flight: ShardedFlight, fn: Callable[[], Any], shard: Shard, h: int) -> None:
-        super().__init__()
-        self._flight = flight
-        self._fn = fn
-        self._work: Future[None] | None = None
-        #: Where its execution is.
-        self.place = (shard, h)
-        self.joined: Execution | None = None
-        #: The executor's thread that runs `fn`.
-        self.thread: int | None = None
-
-    # As a leader's caller.
-
-    def submit(self, execution: Execution) -> None:
-        """Has `fn` run by the executor, to lead `execution`."""
-        job = [(self, execution)]
-        work = self._flight._submit(_work, job)
-        self._work = work
-        work.add_done_callback(partial(_work_is_done, job))
-
-    def dropped(self, execution: Execution) -> None:
-        """The executor will not run the function."""
-        super().cancel()
-        # By whoever shuts the executor down, with its lock held: another thread has to hand over,
-        # for that may mean to submit.
-        flight = self._flight
-        flight._on_a_thread(flight._conclude, execution, *self.place, self, End.LOST)
-
-    def lead(self, execution: Execution) -> None:
-        """Runs the function on this thread of the executor."""
-        flight, (shard, h) = self._flight, self.place
-        me = self.thread = get_ident()
-        try:
-            if not shard.adopt(execution, self, me):  # abandoned
-                flight._conclude(execution, shard, h, self, End.LOST)
-                return
-            try:
-                result = flight._lead(execution, shard, h, me, self._fn)
-            except BaseException as error:
-                with contextlib.suppress(InvalidStateError):  # cancelled
-                    self.set_exception(error)
-            else:
-                with contextlib.suppress(InvalidStateError):
-                    self.set_result(result)
-        finally:
-            del self, execution  # the error's traceback holds this frame, and self the error
-
-    def abandon(self, execution: Execution) -> None:
-        work = self._work
-        if work is not None and work.cancel():
-            self._flight._conclude(execution, *self.place, self, End.LOST)
-
-    # As a follower.
-
-    def wake(self, execution: Execution) -> None:
-        with contextlib.suppress(InvalidStateError):  # cancelled, or told twice
-            if execution.end is End.VALUE:
-                self.set_result((execution.value, execution.shared))
-            else:
-                self.set_exception(execution.error())
-
-    def take_over(self, execution: Execution) -> bool:
-        if self.cancelled():
-            return False
-        try:
-            self.submit(execution)
-        except Exception as error:  # no thread for it: its own loss, as for a leader
-            with contextlib.suppress(InvalidStateError):
-                self.set_exception(error)
-            return False
-        return True
-
-    # As a future.
-
-    def cancel(self) -> bool:
-        """Leaves the flight. False if the outcome is there already."""
-        if not super().cancel():
-            return False
-        if self.joined is not None:
-            self._flight._withdraw_future(self, self.joined)
-        return True
-
-    def result(self, timeout: float | None = None) -> Any:
-        """As `concurrent.futures.Future.result`; also raises `DeadlockError`."""
-        try:
-            self._begin_wait()
-            # The base asks an exception for its truth, and takes a falsy one for none.
-            error = super().exception(timeout)
-            if error is not None:
-                raise error
-            return super().result()
-        finally:
-            end_wait()
-            error = None
-            del self  # as the base does: the error's traceback holds this frame
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As `concurrent.futures.Future.exception`; also raises `DeadlockError`."""
-        self._begin_wait()
-        try:
-            return super().exception(timeout)
-        finally:
-            end_wait()
-
-    def _begin_wait(self) -> None:
-        if self.joined is not None and not self.done():
-            begin_wait(self.place[0], (self.joined,))
-
-
-# The executor's frames and futures hold what they were given, and the error's traceback holds those
-# frames. So they are given a list, out of which the job is taken.
-
-
-def _work(job: list[tuple[FlightFuture, Execution]]) -> None:
-    future, execution = job.pop()
-    try:
-        future.lead(execution)
-    finally:
-        del future, execution
-
-
-def _work_is_done(job: list[tuple[FlightFuture, Execution]], work: "Future[None]") -> None:
-    if work.cancelled() and job:
-        future, execution = job.pop()
-        if execution.waiters is None or execution.end is None:  # not abandoned
-            future.dropped(execution)
 
 
 # -- helpers --------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""What `do_future` returns.
+
+The executor has a future of its own for what it runs. It is not the one to return: it can not be
+cancelled once the function runs, and a follower has none. The one returned is settled by the
+flight, whichever way its outcome comes.
+"""
+
+from concurrent.futures import Future, InvalidStateError
+from functools import partial
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+from ._core import End, Execution, Run, Shard
+from ._deadlock import begin_wait, end_wait
+from ._waiting import Waiter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._flight import ShardedFlight
+
+__all__ = ["FlightFuture"]
+
+
+class FlightFuture(Future[Any], Run, Waiter):
+    """The caller of a function on the executor, or a follower."""
+
+    def __init__(
+        self, flight: "ShardedFlight", fn: "Callable[[], Any]", shard: Shard, h: int
+    ) -> None:
+        super().__init__()
+        self._flight = flight
+        self._fn = fn
+        self._work: Future[None] | None = None
+        self._shard = shard
+        self._hash = h
+        #: What it leads or has joined. Written by the thread that makes it.
+        self.joined: Execution | None = None
+        #: The executor's thread that runs `fn`.
+        self.thread: int | None = None
+        #: The value and whether it was shared, written before the future is done.
+        self._outcome: tuple[Any, bool] | None = None
+
+    def _end(self, outcome: tuple[Any, bool] | None, error: BaseException | None) -> None:
+        try:
+            if error is not None:
+                self.set_exception(error)
+            else:
+                self._outcome = outcome
+                self.set_result(outcome)
+        except InvalidStateError:
+            pass  # it was cancelled, or is told twice
+
+    # As a leader's caller.
+
+    def submit(self, execution: Execution) -> None:
+        """Has `fn` run by the executor, to lead `execution`."""
+        job = [(self, execution)]
+        work = self._flight._submit(_work, job)
+        self._work = work
+        work.add_done_callback(partial(_work_is_done, job))
+
+    def dropped(self, execution: Execution) -> None:
+        """The executor will not run the function."""
+        super().cancel()
+        # By whoever shuts the executor down, with its lock held: another thread has to hand over,
+        # for that may mean to submit.
+        flight = self._flight
+        flight._on_a_thread(flight._conclude, execution, self._shard, self._hash, self, End.LOST)
+
+    def lead(self, execution: Execution) -> None:
+        """Runs the function on this thread of the executor."""
+        flight, shard, h = self._flight, self._shard, self._hash
+        me = self.thread = get_ident()
+        try:
+            if not shard.adopt(execution, self, me):  # abandoned
+                flight._conclude(execution, shard, h, self, End.LOST)
+                return
+            try:
+                outcome = flight._lead(execution, shard, h, me, self._fn)
+            except BaseException as error:
+                self._end(None, error)
+            else:
+                self._end(outcome, None)
+        finally:
+            del self, execution  # the error's traceback holds this frame, and self the error
+
+    def abandon(self, execution: Execution) -> None:
+        work = self._work
+        if work is not None and work.cancel():
+            self._flight._conclude(execution, self._shard, self._hash, self, End.LOST)
+
+    # As a follower.
+
+    def wake(self, execution: Execution) -> None:
+        if execution.end is End.VALUE:
+            self._end((execution.value, execution.shared), None)
+        else:
+            self._end(None, execution.error())
+
+    def take_over(self, execution: Execution) -> bool:
+        if self.cancelled():
+            return False
+        try:
+            self.submit(execution)
+        except Exception as error:  # no thread for it: its own loss, as for a leader
+            self._end(None, error)
+            return False
+        return True
+
+    # As a future.
+
+    def cancel(self) -> bool:
+        """Leaves the flight. False if the outcome is there already."""
+        if not super().cancel():
+            return False
+        if self.joined is not None:
+            self._flight._withdraw_future(self, self.joined, self._shard, self._hash)
+        return True
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As `concurrent.futures.Future.result`; also raises `DeadlockError`."""
+        try:
+            # Not the base's result: it asks an exception for its truth.
+            error = self.exception(timeout)
+            if error is not None:
+                raise error
+            return self._outcome
+        finally:
+            error = None
+            del self  # as the base does: the error's traceback holds this frame
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As `concurrent.futures.Future.exception`; also raises `DeadlockError`."""
+        if self._outcome is not None or self.joined is None:
+            return super().exception(timeout)
+        begin_wait(self._shard, (self.joined,))
+        try:
+            return super().exception(timeout)
+        finally:
+            end_wait()
+
+
+# The executor's frames and futures hold what they were given, and the error's traceback holds those
+# frames. So they are given a list, out of which the job is taken.
+
+
+def _work(job: list[tuple[FlightFuture, Execution]]) -> None:
+    future, execution = job.pop()
+    try:
+        future.lead(execution)
+    finally:
+        del future, execution
+
+
+def _work_is_done(job: list[tuple[FlightFuture, Execution]], work: "Future[None]") -> None:
+    if work.cancelled() and job:
+        future, execution = job.pop()
+        if execution.waiters is None or execution.end is None:  # not abandoned
+            future.dropped(execution)
