@@ -87,7 +87,6 @@ class Execution:
     """
 
     __slots__ = (
-        "__weakref__",
         "attended",
         "end",
         "failure",

@@ -429,7 +429,7 @@ class ShardedFlight(Core):
             raise
         return future
 
-    def _submit(self, work: Callable[..., None], *args: Any) -> "Future[None]":
+    def _submit(self, work: Callable[[], None]) -> "Future[None]":
         executor = self._executor if self._executor is not None else self._pool
         if executor is None:
             with _pool_lock:
@@ -437,7 +437,7 @@ class ShardedFlight(Core):
                     name = self._name if self._name is not None else f"{id(self):#x}"
                     self._pool = ThreadPoolExecutor(thread_name_prefix=f"shardedflight-{name}")
                 executor = self._pool
-        return executor.submit(work, *args)
+        return executor.submit(work)
 
     def _withdraw_future(
         self, future: FlightFuture, execution: Execution, shard: Shard, h: int

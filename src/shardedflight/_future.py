@@ -6,7 +6,6 @@ flight, whichever way its outcome comes.
 """
 
 from concurrent.futures import Future, InvalidStateError
-from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +54,9 @@ class FlightFuture(Future[Any], Run, Waiter):
 
     def submit(self, execution: Execution) -> None:
         """Has `fn` run by the executor, to lead `execution`."""
-        job = [(self, execution)]
-        work = self._flight._submit(_work, job)
-        self._work = work
-        work.add_done_callback(partial(_work_is_done, job))
+        job = _Job(self, execution)
+        self._work = work = self._flight._submit(job)
+        work.add_done_callback(job.done)
 
     def dropped(self, execution: Execution) -> None:
         """The executor will not run the function."""
@@ -141,20 +139,30 @@ class FlightFuture(Future[Any], Run, Waiter):
             end_wait()
 
 
-# The executor's frames and futures hold what they were given, and the error's traceback holds those
-# frames. So they are given a list, out of which the job is taken.
+class _Job:
+    """What the executor is given: an envelope, which is empty once it has been opened.
 
+    The executor's frames and futures keep it, and the traceback of a function's error keeps those
+    frames, and is kept by the error, and that by the future.
+    """
 
-def _work(job: list[tuple[FlightFuture, Execution]]) -> None:
-    future, execution = job.pop()
-    try:
-        future.lead(execution)
-    finally:
-        del future, execution
+    __slots__ = ("_content",)
 
+    def __init__(self, future: FlightFuture, execution: Execution) -> None:
+        self._content: tuple[FlightFuture, Execution] | None = (future, execution)
 
-def _work_is_done(job: list[tuple[FlightFuture, Execution]], work: "Future[None]") -> None:
-    if work.cancelled() and job:
-        future, execution = job.pop()
-        if execution.waiters is None or execution.end is None:  # not abandoned
-            future.dropped(execution)
+    def __call__(self) -> None:
+        assert self._content is not None
+        future, execution = self._content
+        self._content = None
+        try:
+            future.lead(execution)
+        finally:
+            del future, execution
+
+    def done(self, work: "Future[None]") -> None:
+        if work.cancelled() and self._content is not None:
+            future, execution = self._content
+            self._content = None
+            if execution.waiters is None or execution.end is None:  # not abandoned
+                future.dropped(execution)
