@@ -19,7 +19,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from threading import get_ident
 from typing import Any
@@ -45,7 +45,7 @@ _blocked: dict[int, Sequence[Execution]] = {}
 
 
 @types.coroutine
-def begin_run(run: LoopRun) -> Iterator[None]:
+def begin_run(run: LoopRun) -> Generator[None, None, None]:
     """The first thing that the task of `run` awaits, in its own context."""
     if run.paused:
         yield

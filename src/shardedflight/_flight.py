@@ -150,7 +150,7 @@ class ShardedFlight(Core):
         self._executor = executor
         #: The pool made here when it is first needed, under `_pool_lock`.
         self._pool: ThreadPoolExecutor | None = None
-        _flights.add(self)
+        _flights[id(self)] = self
 
     # -- threads ----------------------------------------------------------------------------------
 
@@ -629,19 +629,19 @@ _pool_lock = threading.RLock()
 
 leading_code.add(ShardedFlight._lead.__code__)
 
-#: All flights, for what concerns the whole process.
-_flights: "weakref.WeakSet[ShardedFlight]" = weakref.WeakSet()
+#: All flights, by id, for what concerns the whole process.
+_flights: "weakref.WeakValueDictionary[int, ShardedFlight]" = weakref.WeakValueDictionary()
 
 
 def _loop_closed() -> None:
-    for flight in list(_flights):
+    for flight in list(_flights.values()):
         flight._loop_closed()
 
 
 def _after_fork_in_child() -> None:
     global _pool_lock
     _pool_lock = threading.RLock()
-    for flight in list(_flights):
+    for flight in list(_flights.values()):
         flight._after_fork_in_child()
 
 
