@@ -490,5 +490,5 @@ def test_a_flight_behaves_as_its_model(machine: type[Totals]) -> None:
     """2, 3, 5, 6, 10: any order of calls, ends, cancellations and `forget`, on keys some of which
     have one hash: every caller gets its execution's outcome, and the totals miss nothing."""
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
+        machine, settings=settings(max_examples=200, stateful_step_count=30, deadline=None)
     )

@@ -12,9 +12,10 @@ empty object of the type, and what the object holds is carried over slot by slot
 classes, so one rule covers them.
 """
 
+import contextlib
 from collections.abc import Iterator
 from types import BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, TracebackType
-from typing import Any, cast
+from typing import Any
 
 __all__ = ["Failure"]
 
@@ -24,6 +25,9 @@ _ARGS: Any = BaseException.__dict__["args"]
 _CAUSE: Any = BaseException.__dict__["__cause__"]
 _CONTEXT: Any = BaseException.__dict__["__context__"]
 _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
+_DICT: Any = BaseException.__dict__["__dict__"]
+_MESSAGE: Any = BaseExceptionGroup.__dict__["message"]
+_INNER: Any = BaseExceptionGroup.__dict__["exceptions"]
 
 
 class Failure:
@@ -40,22 +44,29 @@ class Failure:
         "_context",
         "_error",
         "_inner",
+        "_message",
         "_state",
         "_traceback",
     )
 
     def __init__(self, error: BaseException, traceback: TracebackType | None) -> None:
+        # This runs under a lock, so nothing of the error's own code may run: descriptors are asked,
+        # not attributes.
         self._error = error
         self._traceback = traceback
         self._args = _ARGS.__get__(error)
-        self._cause = error.__cause__
-        self._context = error.__context__
-        self._attributes = _unshare_notes(_own_dict(error).copy())
+        self._cause = _CAUSE.__get__(error)
+        self._context = _CONTEXT.__get__(error)
+        self._attributes = _unshare_notes(_DICT.__get__(error).copy())
         self._state = tuple(_slot_values(error))
+        self._message: Any = None
         self._inner: tuple[Failure, ...] = ()
-        if isinstance(error, BaseExceptionGroup):
-            group = cast("BaseExceptionGroup[BaseException]", error)
-            self._inner = tuple(Failure(e, e.__traceback__) for e in group.exceptions)
+        if issubclass(type(error), BaseExceptionGroup):
+            self._message = _MESSAGE.__get__(error)
+            with contextlib.suppress(RecursionError):  # too deep: then it is shared
+                self._inner = tuple(
+                    Failure(e, _TRACEBACK.__get__(e)) for e in _INNER.__get__(error)
+                )
 
     def replica(self) -> BaseException:
         """A new exception that says the same, its traceback beginning where the leader failed.
@@ -65,7 +76,8 @@ class Failure:
         """
         error = self._empty()
         if error is None:
-            return self._error.with_traceback(self._traceback)
+            _TRACEBACK.__set__(self._error, self._traceback)
+            return self._error
         _ARGS.__set__(error, self._args)
         _CAUSE.__set__(error, self._cause)
         _CONTEXT.__set__(error, self._context)
@@ -75,16 +87,17 @@ class Failure:
                 descriptor.__set__(error, value)
             except (AttributeError, TypeError):
                 pass  # read-only: it was set when the object was made
-        _own_dict(error).update(_unshare_notes(self._attributes.copy()))
+        _DICT.__get__(error).update(_unshare_notes(self._attributes.copy()))
         return error
 
     def _empty(self) -> BaseException | None:
         kind = type(self._error)
         arguments: tuple[Any, ...] = ()
         if self._inner:
-            group = self._error
-            assert isinstance(group, BaseExceptionGroup)
-            arguments = (group.message, [failure.replica() for failure in self._inner])
+            try:
+                arguments = (self._message, [failure.replica() for failure in self._inner])
+            except RecursionError:
+                return None
         for base in kind.__mro__:
             new = vars(base).get("__new__")
             if isinstance(new, BuiltinFunctionType):
@@ -97,12 +110,6 @@ class Failure:
         return None
 
 
-def _own_dict(error: BaseException) -> dict[str, Any]:
-    # Not vars(): a class may answer `__dict__` or `__getattribute__` in its own way.
-    own: dict[str, Any] = BaseException.__dict__["__dict__"].__get__(error)
-    return own
-
-
 def _unshare_notes(attributes: dict[str, Any]) -> dict[str, Any]:
     notes = attributes.get("__notes__")
     if isinstance(notes, list):
@@ -113,7 +120,7 @@ def _unshare_notes(attributes: dict[str, Any]) -> dict[str, Any]:
 def _slot_values(error: BaseException) -> Iterator[tuple[Any, Any]]:
     """The filled slots of `error` outside its `__dict__`: those of C and of `__slots__` alike."""
     for base in type(error).__mro__:
-        for name, descriptor in vars(base).items():
+        for name, descriptor in list(vars(base).items()):
             if isinstance(descriptor, MemberDescriptorType) or (
                 isinstance(descriptor, GetSetDescriptorType) and not name.startswith("__")
             ):
