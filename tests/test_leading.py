@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from typing import Any
 
 import pytest
@@ -378,8 +378,15 @@ def test_do_future_gives_a_concurrent_future() -> None:
     for future in (led, followed):
         assert isinstance(future, Future)
         assert not future.done()
+        with pytest.raises(TimeoutError):
+            future.result(0)
+        with pytest.raises(TimeoutError):
+            future.exception(0.001)
         future.add_done_callback(called.append)
+    assert wait([led, followed], 0).not_done == {led, followed}
     work.go.set()
+    assert wait([led, followed], PATIENCE).done == {led, followed}
+    assert set(as_completed([led, followed])) == {led, followed}
     for future in (led, followed):
         assert future.result(PATIENCE) == ("v", True)
         assert future.exception() is None

@@ -40,14 +40,14 @@ The shape of it, one record per running key, is that of Go's `singleflight.go`
 import enum
 import itertools
 import sys
-import threading
+from _thread import RLock, start_new_thread
 from collections.abc import Callable, Hashable
 from inspect import CO_COROUTINE
 from threading import get_ident
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
-from ._replica import Failure
+from ._replica import Failure, traceback_of
 
 __all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout", "public_key"]
 
@@ -91,9 +91,11 @@ class Execution:
         "end",
         "failure",
         "hash",
+        "inherited",
         "joinable",
         "key",
         "leader",
+        "predecessor",
         "shard",
         "shared",
         "value",
@@ -117,6 +119,9 @@ class Execution:
     joinable: bool
     #: The leader's own caller still wants the outcome. Under the lock.
     attended: bool
+    #: The leader was lost and its heir has not begun; and who that leader was. Under the lock.
+    inherited: bool
+    predecessor: Any
     #: How it ended; None while it runs. From then on nobody joins or leaves; who wakes the waiters
     #: drops them. Under the lock.
     end: End | None
@@ -155,6 +160,23 @@ class Execution:
         return cast("Failure", self.failure).replica()
 
 
+class SteadyLock(RLock):  # type: ignore[misc]  # typeshed has it final; CPython has not
+    """A lock that a signal handler's exception can not leave taken.
+
+    CPython 3.14 runs signal handlers between the taking of a lock and the first line of the `with`
+    block, and what they raise there would leave it taken for good. An RLock, so that a handler (or
+    a destructor) that calls the flight itself does not wait for the thread it has interrupted.
+    """
+
+    def __enter__(self) -> bool:  # type: ignore[override]
+        try:
+            return self.acquire()
+        except BaseException:
+            if self._is_owned():  # type: ignore[attr-defined]  # as threading.Condition asks
+                self.release()
+            raise
+
+
 class Shard:
     """One of the independent tables. `table` and `started` need no lock, all else does."""
 
@@ -175,7 +197,7 @@ class Shard:
     )
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = SteadyLock()
         self.table: dict[int, Execution] = {}
         self.overflow: dict[int, list[Execution]] = {}
         #: How often `overflow` has changed.
@@ -192,20 +214,10 @@ class Shard:
         The one that called fork may be inside a leader's function, and will end its execution
         here. It shall find a lock that nobody holds, and nobody to wake.
         """
-        self.lock = threading.RLock()
+        self.lock = SteadyLock()
         for _, execution in self.executions():
             if execution.waiters:
                 execution.waiters = {}
-
-    def heal(self) -> None:
-        """Gives back the lock if an interrupted `with` has left it to this thread.
-
-        CPython 3.14 runs signal handlers between the taking of a lock and the first line of the
-        block, and what they raise leaves it taken. No step holds the lock while it calls any of
-        those that heal, so a lock that this thread has got then is a lost one. This is what an
-        RLock is needed for: it knows its owner.
-        """
-        release_if_owned(self.lock)
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -231,15 +243,11 @@ class Shard:
 
     def count_started(self) -> int:
         """How many executions were ever started here, by leaders and by those who took over."""
-        try:
-            with self.lock:
-                # A count can only be read by counting: take the readings off.
-                number = next(self.started)
-                self._started_reads += 1
-                return number + 1 - self._started_reads + self.promotions
-        except BaseException:
-            self.heal()
-            raise
+        with self.lock:
+            # A count can only be read by counting: take the readings off.
+            number = next(self.started)
+            self._started_reads += 1
+            return number + 1 - self._started_reads + self.promotions
 
     def holders(self, h: int) -> list[Execution]:
         """All executions with this hash, those in overflow first."""
@@ -375,6 +383,8 @@ class Shard:
             execution.end = None
             execution.failure = None
             execution.shared = False
+            execution.inherited = False
+            execution.predecessor = None
             execution.waiters = {}
 
     # -- leaving ----------------------------------------------------------------------------------
@@ -446,6 +456,10 @@ class Shard:
             if execution.waiters is not None and execution.end is not None:
                 return False
             execution.leader = leader
+            if execution.waiters is not None and execution.inherited:
+                execution.inherited = False
+                execution.predecessor = None
+                self.promotions += 1
             return True
 
     def settle(
@@ -477,11 +491,13 @@ class Shard:
             if end is End.LOST and waiters:
                 heir = next(iter(waiters))
                 del waiters[heir]
-                self.promotions += 1
                 execution.attended = True
+                execution.inherited = True
+                execution.predecessor = leader
                 execution.leader = heir
                 return
-            served = len(waiters)
+            # A follower that was cancelled in the same moment has not left yet.
+            served = sum(not is_cancelled(waiter) for waiter in waiters)
             failure = Failure(value, traceback) if end is End.ERROR and waiters else None
             self._unlink(execution, h)
             execution.leader = None
@@ -503,10 +519,10 @@ class Shard:
             self._remove_from_overflow(execution, h)
 
 
-def release_if_owned(lock: Any) -> None:
-    """Releases an RLock that this thread holds: see `Shard.heal`."""
-    while lock._is_owned():  # the name under which threading.Condition asks
-        lock.release()
+def is_cancelled(waiter: Any) -> bool:
+    """Whether a waiter that can be cancelled has been."""
+    cancelled = getattr(waiter, "cancelled", None)
+    return cancelled is not None and bool(cancelled())
 
 
 class LonePart(tuple[Any]):
@@ -631,6 +647,8 @@ class Core:
             try:
                 if table.get(h) is execution or execution.waiters is not None:
                     self._fail(execution, shard, h, me, error)
+            except RecursionError:  # no room left on this stack
+                start_new_thread(self._fail, (execution, shard, h, me, error))
             except BaseException:
                 self._fail(execution, shard, h, me, error)
                 raise
@@ -642,8 +660,8 @@ class Core:
         self, execution: Execution, shard: Shard, h: int, leader: Any, error: BaseException
     ) -> None:
         """Ends the leader's run with what its function raised, as seen from the caller's frame."""
-        if isinstance(error, Exception):
-            traceback = error.__traceback__
+        if issubclass(type(error), Exception):
+            traceback = traceback_of(error)
             if traceback is not None:  # without the frame of ours that caught it
                 traceback = traceback.tb_next
             self._conclude(execution, shard, h, leader, End.ERROR, error, traceback)

@@ -17,14 +17,13 @@ entered in the run.
 import asyncio
 import os
 import sys
-import threading
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from threading import get_ident
 from typing import Any
 
-from ._core import Core, Execution, Shard, gil_enabled, public_key, release_if_owned
+from ._core import Core, Execution, Shard, SteadyLock, gil_enabled, public_key
 from ._waiting import LoopRun
 from .exceptions import DeadlockError
 
@@ -37,9 +36,8 @@ current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run"
 #: local variable `execution`, or `items` with an `execution` each.
 leading_code: set[types.CodeType] = {Core.do.__code__}
 
-#: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it. An
-#: RLock, so that an interrupted thread can give it back: see `Shard.heal`.
-_lock = threading.RLock()
+#: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it.
+_lock = SteadyLock()
 #: What a blocked thread waits for, by its ident. Entered under the lock, and taken out without.
 _blocked: dict[int, Sequence[Execution]] = {}
 
@@ -49,7 +47,7 @@ def begin_run(run: LoopRun) -> Generator[None, None, None]:
     """The first thing that the task of `run` awaits, in its own context."""
     if run.paused:
         yield
-    else:  # its first step runs before its maker has the task
+    if run.task is None:  # the first step runs before its maker has the task
         run.task = asyncio.current_task()
     current_run.set(run)
 
@@ -78,15 +76,34 @@ def begin_wait(
                     if run.waits is None:
                         run.waits = {}
                     run.waits[future] = (task, executions)
+                    # A child may begin to wait before its parent begins to await it.
+                    future.get_loop().call_soon(_look_again, shard, executions, future, task)
             error = _find_cycle(executions, task, ())
         if error is not None:
             with shard.lock:
                 shard.deadlocks += 1
             raise error
     except BaseException:
-        release_if_owned(_lock)
         end_wait(future)
         raise
+
+
+def _look_again(
+    shard: Shard,
+    executions: Sequence[Execution],
+    future: "asyncio.Future[Any]",
+    task: "asyncio.Task[Any] | None",
+) -> None:
+    """One round of the loop after `task` began to wait: it is told by the future."""
+    if future.done():
+        return
+    with _lock:
+        error = _find_cycle(executions, task, ())
+    if error is not None:
+        with shard.lock:
+            shard.deadlocks += 1
+        future.set_exception(error)
+        future.exception()  # who awaits it may be cancelled first: asyncio need not complain
 
 
 def check_wait(
@@ -101,16 +118,12 @@ def check_wait(
         blocking: Whether the thread will block, or the task will await.
     """
     task = None if blocking else asyncio.current_task()
-    try:
-        with _lock:
-            error = _find_cycle(executions, task, first)
-        if error is not None:
-            with shard.lock:
-                shard.deadlocks += 1
-            raise error
-    except BaseException:
-        release_if_owned(_lock)
-        raise
+    with _lock:
+        error = _find_cycle(executions, task, first)
+    if error is not None:
+        with shard.lock:
+            shard.deadlocks += 1
+        raise error
 
 
 def _find_cycle(
@@ -185,8 +198,12 @@ def _unchained(chain: tuple[Any, ...]) -> list[Execution]:
 
 def _waits(run: LoopRun) -> Iterator[Execution]:
     """What the task of `run` waits for, itself or by a task that it awaits."""
-    for _, (task, executions) in list((run.waits or {}).items()):
-        if _awaits(run, task):
+    waits = list((run.waits or {}).values())
+    if not waits:
+        return
+    needed = _needed(run)
+    for task, executions in waits:
+        if task in needed if needed is not None else _awaits(run, task):
             yield from executions
 
 
@@ -195,29 +212,33 @@ def _waits(run: LoopRun) -> Iterator[Execution]:
 
 def _awaits(run: LoopRun, task: "asyncio.Future[Any] | None") -> bool:
     """Whether the task of `run` is `task`, or can not go on before `task` has ended."""
-    root = run.task
-    if root is None or task is None:
+    if run.task is None or task is None:
         return False
-    if root is task:
-        return True
-    # A coroutine may be looked into where it can not move meanwhile.
-    if asyncio._get_running_loop() is run.loop or gil_enabled():
-        return _reaches(root, task, _awaited_by_task)
+    needed = _needed(run)
+    if needed is not None:
+        return task in needed
     # Since 3.14 asyncio itself keeps who awaits a future, and may be asked on any thread.
-    return _reaches(task, root, _awaiters)
+    return run.task in _reachable(task, _awaiters)
 
 
-def _reaches(start: Any, goal: Any, further: Callable[[Any], Iterable[Any]]) -> bool:
+def _needed(run: LoopRun) -> set[Any] | None:
+    """The task of `run` and all that it awaits. None if that can not be looked into from here."""
+    if run.task is None:
+        return set()
+    # A coroutine's frames may only be read where they can not go meanwhile.
+    if asyncio._get_running_loop() is run.loop or gil_enabled():
+        return _reachable(run.task, _awaited_by_task)
+    return None
+
+
+def _reachable(start: Any, further: Callable[[Any], Iterable[Any]]) -> set[Any]:
     seen = {start}
     stack = [start]
     while stack:
-        future = stack.pop()
-        if future is goal:
-            return True
-        new = [f for f in further(future) if f not in seen]
+        new = [future for future in further(stack.pop()) if future not in seen]
         seen.update(new)
         stack += new
-    return False
+    return seen
 
 
 def _awaiters(future: "asyncio.Future[Any]") -> Iterable[Any]:
@@ -231,7 +252,7 @@ def _awaited_by_task(future: "asyncio.Future[Any]") -> "Iterator[asyncio.Future[
         yield awaited
         if isinstance(future, asyncio.Task):
             yield from _awaited_in_coroutine(future.get_coro())
-    yield from getattr(future, "_children", ())  # of what gather returns
+    yield from tuple(getattr(future, "_children", ()))  # of what gather returns
     for callback, *_ in getattr(future, "_callbacks", None) or ():
         code = getattr(callback, "__code__", None)
         if code is not None and code.co_qualname.startswith("shield.<locals>"):
@@ -252,10 +273,10 @@ def _awaited_in_coroutine(coroutine: Any) -> "Iterator[asyncio.Future[Any]]":
         if frame is not None and frame.f_code in _WAITING_CODE:
             names = frame.f_locals
             if frame.f_code is asyncio.TaskGroup.__aexit__.__code__:
-                yield from names["self"]._tasks
+                yield from tuple(names["self"]._tasks)  # another thread may change it
             elif frame.f_code is asyncio.wait.__code__:
                 if names["return_when"] == asyncio.ALL_COMPLETED:
-                    yield from names["fs"]
+                    yield from tuple(names["fs"])
             elif isinstance(names.get("fut"), asyncio.Future):  # wait_for, before 3.12
                 yield names["fut"]
         coroutine = getattr(coroutine, "cr_await", None)
@@ -303,7 +324,7 @@ def _led_inside(execution: Execution) -> list[Execution]:
 
 def _after_fork_in_child() -> None:
     global _lock
-    _lock = threading.RLock()
+    _lock = SteadyLock()
     _blocked.clear()
 
 

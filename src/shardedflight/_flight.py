@@ -6,10 +6,9 @@ import dataclasses
 import inspect
 import os
 import sys
-import threading
 import weakref
 from _thread import start_new_thread
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from threading import get_ident
@@ -23,19 +22,18 @@ from ._core import (
     Execution,
     OnAbandon,
     Shard,
+    SteadyLock,
     gil_enabled,
     not_awaitable,
     public_key,
     refuse_coroutine,
     refuse_coroutine_function,
-    release_if_owned,
 )
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code
 from ._future import FlightFuture
 from ._waiting import (
     LoopRun,
     Sleeper,
-    Waiter,
     loop_of,
     offer,
     wake_all,
@@ -150,7 +148,8 @@ class ShardedFlight(Core):
         self._executor = executor
         #: The pool made here when it is first needed, under `_pool_lock`.
         self._pool: ThreadPoolExecutor | None = None
-        _flights[id(self)] = self
+        me = id(self)
+        _flights[me] = weakref.ref(self, lambda _: _flights.pop(me, None))
 
     # -- threads ----------------------------------------------------------------------------------
 
@@ -185,9 +184,9 @@ class ShardedFlight(Core):
                     return execution.outcome()
         except BaseException:
             try:
-                self._withdraw(shard, h, sleeper, execution)
+                self._stop_following(shard, h, mine, sleeper, execution)
             except BaseException:  # interrupted: see Core.do
-                self._withdraw(shard, h, sleeper, execution)
+                self._stop_following(shard, h, mine, sleeper, execution)
                 raise
             finally:
                 del execution, mine, sleeper  # the traceback holds this frame: see Failure
@@ -199,6 +198,14 @@ class ShardedFlight(Core):
             return self._lead(execution, shard, h, me, fn)
         finally:
             del execution, mine, sleeper
+
+    def _stop_following(
+        self, shard: Shard, h: int, mine: Execution, sleeper: Sleeper, execution: Execution
+    ) -> None:
+        self._withdraw(shard, h, sleeper, execution)
+        # A key's __eq__ may have raised when `mine` was linked already: nobody else's error.
+        if shard.table.get(h) is mine or mine.waiters is not None:
+            self._conclude(mine, shard, h, mine.leader, End.LOST)
 
     def _lead(
         self, execution: Execution, shard: Shard, h: int, leader: Any, fn: Callable[[], T]
@@ -218,6 +225,8 @@ class ShardedFlight(Core):
         except BaseException as error:
             try:
                 self._fail(execution, shard, h, leader, error)
+            except RecursionError:  # see Core.do
+                start_new_thread(self._fail, (execution, shard, h, leader, error))
             except BaseException:  # interrupted: see Core.do
                 self._fail(execution, shard, h, leader, error)
                 raise
@@ -353,8 +362,8 @@ class ShardedFlight(Core):
                 run.shared = execution.shared
         except BaseException as error:
             run.error = error
-            if isinstance(error, GeneratorExit):
-                self._on_a_thread(self._fail, execution, shard, h, run, error)
+            if isinstance(error, (GeneratorExit, RecursionError)):
+                start_new_thread(self._fail, (execution, shard, h, run, error))
             else:
                 self._fail(execution, shard, h, run, error)
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
@@ -423,7 +432,6 @@ class ShardedFlight(Core):
             if execution is mine:
                 future.submit(execution)
         except BaseException:
-            release_if_owned(_pool_lock)
             self._withdraw(shard, h, future, execution)
             self._conclude(mine, shard, h, future, End.LOST)
             raise
@@ -494,14 +502,14 @@ class ShardedFlight(Core):
         value: Any = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        shard.heal()
         while True:
             shard.settle(execution, h, leader, end, value, traceback)
             if execution.end is not None:
                 wake_all(execution)
                 return
             heir = execution.leader
-            if heir is leader or not isinstance(heir, (Waiter, asyncio.Future)):
+            # Not if it was somebody else's to end; but again if this is done a second time.
+            if not execution.inherited or execution.predecessor != leader:
                 return
             gone = partial(self._conclude, execution, shard, h, heir, End.LOST)
             if offer(execution, heir, gone):
@@ -525,7 +533,6 @@ class ShardedFlight(Core):
         Usually it had joined `joined`. If it was interrupted while it joined, nobody has told it
         what: it is looked for.
         """
-        shard.heal()
         found = set(shard.holders(h))
         if joined is not None:
             found.add(joined)
@@ -549,11 +556,7 @@ class ShardedFlight(Core):
         key = self._key(parts)
         h = hash(key)
         shard = self._shard_of(key, h)
-        try:
-            shard.forget(h, key)
-        except BaseException:
-            shard.heal()
-            raise
+        shard.forget(h, key)
 
     def in_flight(self) -> int:
         """How many executions run now, those that were forgotten among them."""
@@ -624,24 +627,31 @@ def _check_executor(executor: object) -> None:
         )
 
 
-#: An RLock, so that an interrupted thread can give it back: see `Shard.heal`.
-_pool_lock = threading.RLock()
+_pool_lock = SteadyLock()
 
 leading_code.add(ShardedFlight._lead.__code__)
 
-#: All flights, by id, for what concerns the whole process.
-_flights: "weakref.WeakValueDictionary[int, ShardedFlight]" = weakref.WeakValueDictionary()
+#: All flights, by id, for what concerns the whole process. A plain dict: it can be read in one step
+#: while others make and drop flights.
+_flights: "dict[int, weakref.ref[ShardedFlight]]" = {}
+
+
+def _all_flights() -> "Iterator[ShardedFlight]":
+    for reference in list(_flights.values()):
+        flight = reference()
+        if flight is not None:
+            yield flight
 
 
 def _loop_closed() -> None:
-    for flight in list(_flights.values()):
+    for flight in _all_flights():
         flight._loop_closed()
 
 
 def _after_fork_in_child() -> None:
     global _pool_lock
-    _pool_lock = threading.RLock()
-    for flight in list(_flights.values()):
+    _pool_lock = SteadyLock()
+    for flight in _all_flights():
         flight._after_fork_in_child()
 
 

@@ -61,6 +61,7 @@ class FlightFuture(Future[Any], Run, Waiter):
     def dropped(self, execution: Execution) -> None:
         """The executor will not run the function."""
         super().cancel()
+        self._tell_waiters()
         # By whoever shuts the executor down, with its lock held: another thread has to hand over,
         # for that may mean to submit.
         flight = self._flight
@@ -99,6 +100,8 @@ class FlightFuture(Future[Any], Run, Waiter):
     def take_over(self, execution: Execution) -> bool:
         if self.cancelled():
             return False
+        if self._work is not None:
+            return True  # told twice
         try:
             self.submit(execution)
         except Exception as error:  # no thread for it: its own loss, as for a leader
@@ -112,9 +115,17 @@ class FlightFuture(Future[Any], Run, Waiter):
         """Leaves the flight. False if the outcome is there already."""
         if not super().cancel():
             return False
+        self._tell_waiters()
         if self.joined is not None:
             self._flight._withdraw_future(self, self.joined, self._shard, self._hash)
         return True
+
+    def _tell_waiters(self) -> None:
+        # What an executor does when it meets a cancelled future; concurrent.futures.wait waits for
+        # that. Once: the base takes a second time for a mistake.
+        mine = object()
+        if self.__dict__.setdefault("_told", mine) is mine:
+            self.set_running_or_notify_cancel()
 
     def result(self, timeout: float | None = None) -> Any:
         """As `concurrent.futures.Future.result`; also raises `DeadlockError`."""

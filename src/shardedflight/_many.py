@@ -143,7 +143,8 @@ class _Batch:
     def lose(self, items: Iterable[_Item], leader: Any) -> None:
         """Hands over whatever `leader` still leads."""
         for item in items:
-            self._conclude(item, leader, End.LOST, None)
+            if item.execution is item.mine or item.led:
+                self._conclude(item, leader, End.LOST, None)
 
     def _conclude(self, item: _Item, leader: Any, end: End, value: Any) -> None:
         self.flight._conclude(item.execution, item.shard, item.h, leader, end, value)

@@ -12,12 +12,11 @@ empty object of the type, and what the object holds is carried over slot by slot
 classes, so one rule covers them.
 """
 
-import contextlib
 from collections.abc import Iterator
 from types import BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, TracebackType
 from typing import Any
 
-__all__ = ["Failure"]
+__all__ = ["Failure", "traceback_of"]
 
 
 # The fields as BaseException itself keeps them, whatever a subclass has put in their place.
@@ -28,6 +27,12 @@ _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 _DICT: Any = BaseException.__dict__["__dict__"]
 _MESSAGE: Any = BaseExceptionGroup.__dict__["message"]
 _INNER: Any = BaseExceptionGroup.__dict__["exceptions"]
+
+
+def traceback_of(error: BaseException) -> TracebackType | None:
+    """The traceback, whatever the class answers for `__traceback__`."""
+    traceback: TracebackType | None = _TRACEBACK.__get__(error)
+    return traceback
 
 
 class Failure:
@@ -45,6 +50,7 @@ class Failure:
         "_error",
         "_inner",
         "_message",
+        "_shared",
         "_state",
         "_traceback",
     )
@@ -54,27 +60,31 @@ class Failure:
         # not attributes.
         self._error = error
         self._traceback = traceback
+        self._inner: tuple[Failure, ...] = ()
+        self._message: Any = None
         self._args = _ARGS.__get__(error)
         self._cause = _CAUSE.__get__(error)
         self._context = _CONTEXT.__get__(error)
-        self._attributes = _unshare_notes(_DICT.__get__(error).copy())
-        self._state = tuple(_slot_values(error))
-        self._message: Any = None
-        self._inner: tuple[Failure, ...] = ()
-        if issubclass(type(error), BaseExceptionGroup):
-            self._message = _MESSAGE.__get__(error)
-            with contextlib.suppress(RecursionError):  # too deep: then it is shared
-                self._inner = tuple(
-                    Failure(e, _TRACEBACK.__get__(e)) for e in _INNER.__get__(error)
-                )
+        self._attributes: dict[str, Any] = {}
+        self._state: tuple[tuple[Any, Any], ...] = ()
+        try:
+            self._attributes = _unshare_notes(_DICT.__get__(error).copy())
+            self._state = tuple(_slot_values(error))
+            if issubclass(type(error), BaseExceptionGroup):
+                self._message = _MESSAGE.__get__(error)
+                self._inner = tuple(Failure(e, traceback_of(e)) for e in _INNER.__get__(error))
+        except RecursionError:  # a group too deep for what is left of the stack
+            self._shared = True
+        else:
+            self._shared = False
 
     def replica(self) -> BaseException:
         """A new exception that says the same, its traceback beginning where the leader failed.
 
-        Where a type cannot be made empty (an extension type without a usable `__new__`), the
-        leader's own object is returned: shared, but right.
+        Where a type cannot be made empty (an extension type without a usable `__new__`), or a group
+        is nested too deep, the leader's own object is returned: shared, but right.
         """
-        error = self._empty()
+        error = None if self._shared else self._empty()
         if error is None:
             _TRACEBACK.__set__(self._error, self._traceback)
             return self._error

@@ -127,21 +127,35 @@ def wake_all(execution: Execution) -> None:
     """Wakes all who wait for an execution that has ended; one call for each foreign loop."""
     here = asyncio._get_running_loop()
     elsewhere: dict[asyncio.AbstractEventLoop, list[asyncio.Future[bool]]] = {}
+    first_error: BaseException | None = None
+    failed: list[Any] = []
     for waiter in execution.waiters or ():
-        if isinstance(waiter, Waiter):
-            waiter.wake(execution)
-            continue
-        loop = waiter.get_loop()
-        if loop is here:
-            try:
+        try:
+            if isinstance(waiter, Waiter):
+                waiter.wake(execution)
+                continue
+            loop = waiter.get_loop()
+            if loop is here:
                 waiter.set_result(False)
-            except asyncio.InvalidStateError:
-                pass  # its caller was cancelled, or it is told twice
-        else:
-            elsewhere.setdefault(loop, []).append(waiter)
+            else:
+                elsewhere.setdefault(loop, []).append(waiter)
+        except asyncio.InvalidStateError:
+            pass  # its caller was cancelled, or it is told twice
+        except BaseException as error:  # a callback's of a future, or a signal handler's
+            failed.append(waiter)
+            if first_error is None:
+                first_error = error
     for loop, futures in elsewhere.items():
         _call_in(loop, _wake_futures, futures)
+    # A callback is not called twice, and a signal handler seldom interrupts twice.
+    for waiter in failed:
+        if isinstance(waiter, Waiter):
+            waiter.wake(execution)
+        else:
+            _call_in(waiter.get_loop(), _wake_futures, [waiter])
     execution.waiters = {}  # they hold the execution, too
+    if first_error is not None:
+        raise first_error
 
 
 def _wake_futures(futures: "list[asyncio.Future[bool]]") -> None:
