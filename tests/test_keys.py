@@ -650,6 +650,57 @@ def test_a_key_that_changes_the_table_while_it_is_looked_up() -> None:
     assert flight.do(lambda: "v", Meddler("one", lambda: None)) == ("v", False)
 
 
+class Compared:
+    """A key equal to all of its kind, that calls `compared` when that is found out."""
+
+    compared: Callable[[], object] = staticmethod(lambda: None)
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        Compared.compared()
+        return isinstance(other, Compared)
+
+
+@each_method
+@pytest.mark.parametrize("shards", [1, 16])
+@pytest.mark.parametrize("followers", [0, 2])
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_an_execution_that_ends_while_its_key_is_compared(
+    method: str, shards: int, followers: int, forgotten: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2: "at most one execution is joinable": one that has ended, or was forgotten, is not, however
+    late that comes to pass. The caller that was about to join it runs its own function."""
+    held = HeldExecutor()
+    flight = ShardedFlight(shards, executor=held)
+    led = flight.do_future(lambda: "first", Compared())
+    followed = [flight.do_future(lambda: "own", Compared()) for _ in range(followers)]
+    assert len(held.held) == 1
+    ends = [held.run_next]
+
+    def compared() -> None:
+        if ends:
+            end = ends.pop()
+            if forgotten:
+                flight.forget(Compared())
+            end()
+
+    monkeypatch.setattr(Compared, "compared", staticmethod(compared))
+    if method == "do_future":
+        future = flight.do_future(lambda: "own", Compared())
+        held.run_all()
+        assert future.result(PATIENCE) == ("own", False)
+    else:
+        assert METHODS[method](flight, lambda: "own", Compared()) == ("own", False)
+    assert not ends
+    assert led.result(PATIENCE) == ("first", followers > 0)
+    assert [future.result(PATIENCE) for future in followed] == [("first", True)] * followers
+    stats = flight.stats()
+    assert (stats.executions, stats.shared, stats.waiting) == (2, followers, 0)
+    assert flight.in_flight() == 0
+
+
 def test_keys_that_deadlock_nobody_from_two_threads() -> None:
     """1: as above from several threads at once, the keys calling across two shards."""
     flight = ShardedFlight(2, hash=lambda key: key.name if isinstance(key, Cross) else int(key))

@@ -864,6 +864,25 @@ def test_a_cancelled_future_does_not_disturb_who_settles_it() -> None:
         assert future.cancelled()
 
 
+def test_a_future_that_is_cancelled_while_the_others_are_told() -> None:
+    """5: "leaves the flight": one that goes at the very end disturbs nobody either."""
+    flight = ShardedFlight()
+    work = Work(value="v")
+    led = spawn(flight.do, work, "k")
+    assert work.running.wait(PATIENCE)
+    futures = [flight.do_future(never, "k") for _ in range(4)]
+    cancelled: list[bool] = []
+    futures[0].add_done_callback(lambda _: cancelled.append(futures[2].cancel()))
+    work.go.set()
+    assert led.result(PATIENCE) == ("v", True)
+    assert cancelled == [futures[2].cancelled()]
+    for future in futures:
+        if not future.cancelled():
+            assert future.result(PATIENCE) == ("v", True)
+    assert not any(future.cancelled() for future in (futures[0], futures[1], futures[3]))
+    assert (flight.in_flight(), flight.stats().waiting) == (0, 0)
+
+
 def test_a_callback_that_fails_does_not_disturb_who_settles_it() -> None:
     """5 and 2: what a follower hangs on its future is its own business."""
     flight = ShardedFlight()

@@ -90,13 +90,11 @@ class Execution:
         "attended",
         "end",
         "failure",
-        "hash",
         "inherited",
         "joinable",
         "key",
         "leader",
         "predecessor",
-        "shard",
         "shared",
         "value",
         "waiters",
@@ -112,9 +110,6 @@ class Execution:
     #: touched, and set last then: who sees it set may read the group below. Under the lock.
     waiters: dict[Any, None] | None
 
-    #: The place in the tables. Written by the leader or whoever touches; always the same values.
-    shard: "Shard"
-    hash: int
     #: False once forgotten or abandoned. Under the lock.
     joinable: bool
     #: The leader's own caller still wants the outcome. Under the lock.
@@ -304,7 +299,7 @@ class Shard:
                 match = found
             with self.lock:
                 if match.waiters is None:
-                    self.touch(match, h)
+                    self.touch(match)
                 elif not match.joinable:
                     continue
                 waiters = cast("dict[Any, None]", match.waiters)
@@ -355,7 +350,7 @@ class Shard:
         Returns:
             False, with `mine` not linked, if the place has another holder: it may be of this key.
         """
-        self.touch(mine, h)
+        self.touch(mine)
         self.overflow.setdefault(h, []).append(mine)
         self.overflow_changes += 1
         holder = self.table.setdefault(h, mine)
@@ -373,11 +368,9 @@ class Shard:
             if not group:
                 del self.overflow[h]
 
-    def touch(self, execution: Execution, h: int) -> None:
+    def touch(self, execution: Execution) -> None:
         """Sets the second group of fields, once. Under the lock."""
         if execution.waiters is None:
-            execution.shard = self
-            execution.hash = h
             execution.joinable = True
             execution.attended = True
             execution.end = None
@@ -409,13 +402,13 @@ class Shard:
             return True, self._deserted(execution) if cancel else None
 
     def leave_leader(
-        self, execution: Execution, h: int, leaders: tuple[Any, ...], cancel: bool
+        self, execution: Execution, leaders: tuple[Any, ...], cancel: bool
     ) -> Run | None:
         """The own caller of a leader, one of `leaders`, goes. Returns a run as `leave` does."""
         with self.lock:
             if execution.leader not in leaders:
                 return None
-            self.touch(execution, h)
+            self.touch(execution)
             execution.attended = False
             return self._deserted(execution) if cancel else None
 
@@ -438,7 +431,7 @@ class Shard:
                 if changes != self.overflow_changes:
                     continue
                 if match is not None and (match.waiters is None or match.joinable):
-                    self.touch(match, h)
+                    self.touch(match)
                     match.joinable = False
                     self.forgotten += 1
                 return
@@ -482,7 +475,7 @@ class Shard:
             traceback: Where the exception was raised.
         """
         with self.lock:
-            self.touch(execution, h)
+            self.touch(execution)
             if execution.leader is None or execution.leader != leader:
                 return
             waiters = cast("dict[Any, None]", execution.waiters)

@@ -392,7 +392,7 @@ class ShardedFlight(Core):
             if run.task is None:
                 self._conclude(begun, shard, h, run, End.LOST)
             else:
-                self._leave_leader(begun, shard, h, run)
+                self._leave_leader(begun, shard, run)
 
     # -- futures ----------------------------------------------------------------------------------
 
@@ -447,12 +447,10 @@ class ShardedFlight(Core):
                 executor = self._pool
         return executor.submit(work)
 
-    def _withdraw_future(
-        self, future: FlightFuture, execution: Execution, shard: Shard, h: int
-    ) -> None:
+    def _withdraw_future(self, future: FlightFuture, execution: Execution, shard: Shard) -> None:
         """The caller of a future has cancelled it."""
         if not self._leave(shard, execution, future):
-            self._leave_leader(execution, shard, h, future, future.thread)
+            self._leave_leader(execution, shard, future, future.thread)
 
     # -- many keys --------------------------------------------------------------------------------
 
@@ -522,8 +520,8 @@ class ShardedFlight(Core):
             unwanted.abandon(execution)
         return left
 
-    def _leave_leader(self, execution: Execution, shard: Shard, h: int, *leaders: Any) -> None:
-        unwanted = shard.leave_leader(execution, h, leaders, self._cancels)
+    def _leave_leader(self, execution: Execution, shard: Shard, *leaders: Any) -> None:
+        unwanted = shard.leave_leader(execution, leaders, self._cancels)
         if unwanted is not None:
             unwanted.abandon(execution)
 

@@ -117,7 +117,7 @@ class FlightFuture(Future[Any], Run, Waiter):
             return False
         self._tell_waiters()
         if self.joined is not None:
-            self._flight._withdraw_future(self, self.joined, self._shard, self._hash)
+            self._flight._withdraw_future(self, self.joined, self._shard)
         return True
 
     def _tell_waiters(self) -> None:

@@ -338,7 +338,7 @@ def _leave(batch: _Batch, inbox: Inbox, begun: LoopRun, runs: dict[LoopRun, list
     """The caller goes. Its runs go on for those keys that somebody else still wants."""
     for run, items in runs.items():
         for item in () if run.done else items:
-            batch.flight._leave_leader(item.execution, item.shard, item.h, run)
+            batch.flight._leave_leader(item.execution, item.shard, run)
     batch.leave(inbox)
     if begun not in runs:  # or has been seen to end: then there is nothing left to lose
         batch.lose(batch.items, begun)
