@@ -97,7 +97,8 @@ def test_recursion_is_found_where_all_tasks_are_eager() -> None:
         return await flight.do_async(function, "k")
 
     async def main() -> Any:
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        factory = asyncio.eager_task_factory  # pyright: ignore[reportAttributeAccessIssue]
+        asyncio.get_running_loop().set_task_factory(factory)
         return await flight.do_async(function, "k")
 
     assert isinstance(spawn_loop(main).exception(PATIENCE), DeadlockError)

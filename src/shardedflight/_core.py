@@ -155,7 +155,8 @@ class Execution:
         return cast("Failure", self.failure).replica()
 
 
-class SteadyLock(RLock):  # type: ignore[misc]  # typeshed has it final; CPython has not
+# typeshed has RLock final; CPython has not.
+class SteadyLock(RLock):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
     """A lock that a signal handler's exception can not leave taken.
 
     CPython 3.14 runs signal handlers between the taking of a lock and the first line of the `with`
@@ -167,7 +168,7 @@ class SteadyLock(RLock):  # type: ignore[misc]  # typeshed has it final; CPython
         try:
             return self.acquire()
         except BaseException:
-            if self._is_owned():  # type: ignore[attr-defined]  # as threading.Condition asks
+            if cast("Any", self)._is_owned():  # as threading.Condition asks
                 self.release()
             raise
 

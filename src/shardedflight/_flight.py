@@ -512,7 +512,7 @@ class ShardedFlight(Core):
             gone = partial(self._conclude, execution, shard, h, heir, End.LOST)
             if offer(execution, heir, gone):
                 return
-            leader, end = heir, End.LOST  # pyright: ignore[reportUnknownVariableType]
+            leader, end = heir, End.LOST
 
     def _leave(self, shard: Shard, execution: Execution, waiter: Any) -> bool:
         left, unwanted = shard.leave(execution, waiter, self._cancels)
