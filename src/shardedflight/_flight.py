@@ -362,7 +362,9 @@ class ShardedFlight(Core):
                 run.shared = execution.shared
         except BaseException as error:
             run.error = error
-            if isinstance(error, (GeneratorExit, RecursionError)):
+            if isinstance(error, GeneratorExit):  # see do_async
+                self._on_a_thread(self._fail, execution, shard, h, run, error)
+            elif isinstance(error, RecursionError):  # see Core.do
                 start_new_thread(self._fail, (execution, shard, h, run, error))
             else:
                 self._fail(execution, shard, h, run, error)
