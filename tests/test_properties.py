@@ -481,14 +481,11 @@ class Tasks(Totals):
         self.loop.close()
 
 
-@pytest.fixture(params=[Calls, Tasks])
-def machine(request: pytest.FixtureRequest) -> type[Totals]:
-    return request.param
-
-
-def test_a_flight_behaves_as_its_model(machine: type[Totals]) -> None:
+# Each step of `Calls` may wait for a thread to be scheduled; those of `Tasks` wait for nothing.
+@pytest.mark.parametrize(("machine", "examples"), [(Calls, 50), (Tasks, 200)])
+def test_a_flight_behaves_as_its_model(machine: type[Totals], examples: int) -> None:
     """2, 3, 5, 6, 10: any order of calls, ends, cancellations and `forget`, on keys some of which
     have one hash: every caller gets its execution's outcome, and the totals miss nothing."""
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=200, stateful_step_count=30, deadline=None)
+        machine, settings=settings(max_examples=examples, stateful_step_count=30, deadline=None)
     )
