@@ -668,34 +668,36 @@ class Compared:
 @each_method
 @pytest.mark.parametrize("shards", [1, 16])
 @pytest.mark.parametrize("followers", [0, 2])
-@pytest.mark.parametrize("forgotten", [False, True])
+@pytest.mark.parametrize("happens", ["ends", "is forgotten", "is forgotten and ends"])
 def test_an_execution_that_ends_while_its_key_is_compared(
-    method: str, shards: int, followers: int, forgotten: bool, monkeypatch: pytest.MonkeyPatch
+    method: str, shards: int, followers: int, happens: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2: "at most one execution is joinable": one that has ended, or was forgotten, is not, however
     late that comes to pass. The caller that was about to join it runs its own function."""
-    held = HeldExecutor()
-    flight = ShardedFlight(shards, executor=held)
+    executor = HeldExecutor()
+    flight = ShardedFlight(shards, executor=executor)
     led = flight.do_future(lambda: "first", Compared())
     followed = [flight.do_future(lambda: "own", Compared()) for _ in range(followers)]
-    assert len(held.held) == 1
-    ends = [held.run_next]
+    assert len(executor.held) == 1
+    happened: list[str] = []
 
     def compared() -> None:
-        if ends:
-            end = ends.pop()
-            if forgotten:
+        if not happened:
+            happened.append(happens)
+            if "forgotten" in happens:
                 flight.forget(Compared())
-            end()
+            if "ends" in happens:
+                executor.run_next()
 
     monkeypatch.setattr(Compared, "compared", staticmethod(compared))
     if method == "do_future":
         future = flight.do_future(lambda: "own", Compared())
-        held.run_all()
+        executor.run_next(-1)
         assert future.result(PATIENCE) == ("own", False)
     else:
         assert METHODS[method](flight, lambda: "own", Compared()) == ("own", False)
-    assert not ends
+    assert happened
+    executor.run_all()
     assert led.result(PATIENCE) == ("first", followers > 0)
     assert [future.result(PATIENCE) for future in followed] == [("first", True)] * followers
     stats = flight.stats()

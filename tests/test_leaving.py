@@ -223,6 +223,36 @@ def test_a_timeout_that_is_none_is_refused_by_name(timeout: Any, led: bool) -> N
     assert flight.do(lambda: "v", "k", timeout=1) == ("v", False)
 
 
+def test_timing_out_against_settling() -> None:
+    """5: a follower whose time is up while the execution ends has left, or has been served: one of
+    the two, and counted as that. The first to leave has the function end under the others."""
+    flight = ShardedFlight()
+    left = served = 0
+    for _ in range(50):
+        work = Work(value="v")
+        led = spawn(flight.do, work, "k")
+        assert work.running.wait(PATIENCE)
+        followers = [
+            spawn(flight.do, lambda: "own", "k", timeout=0.001 + n * 0.0002) for n in range(5)
+        ]
+        for follower in followers:
+            follower.add_done_callback(lambda _, work=work: work.go.set())
+        for follower in followers:
+            error = follower.exception(PATIENCE)
+            if error is None:
+                # One that came too late to join led an execution of its own.
+                served += follower.result() == ("v", True)
+            else:
+                assert type(error) is FlightTimeout
+                left += 1
+        assert led.result(PATIENCE)[0] == "v"
+    stats = flight.stats()
+    assert stats.timeouts == left
+    assert stats.executions + stats.shared + stats.timeouts == 50 * 6
+    assert stats.shared >= served
+    assert (stats.in_flight, stats.waiting) == (0, 0)
+
+
 # --- everybody leaves for himself: the nine combinations ---
 
 
