@@ -464,7 +464,7 @@ class Shard:
         end: End,
         value: Any = None,
         traceback: TracebackType | None = None,
-    ) -> None:
+    ) -> Any:
         """The leader's run has ended: so has the execution, or a waiter leads it from now on.
 
         Args:
@@ -474,11 +474,17 @@ class Shard:
             end: How.
             value: The value, or the exception.
             traceback: Where the exception was raised.
+
+        Returns:
+            The waiter that takes over and has to be told. That it may have left in the meantime is
+            for it to say: only who is told can end what nobody leads yet.
         """
         with self.lock:
             self.touch(execution)
             if execution.leader is None or execution.leader != leader:
-                return
+                # Done a second time, after an interruption: the heir may not have been told.
+                told_twice = execution.inherited and execution.predecessor == leader
+                return execution.leader if told_twice else None
             waiters = cast("dict[Any, None]", execution.waiters)
             # All calls come first: a signal handler's exception strikes at calls only, and what
             # is assigned after the last of them is assigned as a whole.
@@ -489,7 +495,7 @@ class Shard:
                 execution.inherited = True
                 execution.predecessor = leader
                 execution.leader = heir
-                return
+                return heir
             # A follower that was cancelled in the same moment has not left yet.
             served = sum(not is_cancelled(waiter) for waiter in waiters)
             failure = Failure(value, traceback) if end is End.ERROR and waiters else None
@@ -505,6 +511,7 @@ class Shard:
                 self.shared += served
                 execution.joinable = False
                 execution.end = end
+            return None
 
     def _unlink(self, execution: Execution, h: int) -> None:
         if self.table.get(h) is execution:

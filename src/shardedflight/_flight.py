@@ -503,13 +503,10 @@ class ShardedFlight(Core):
         traceback: TracebackType | None = None,
     ) -> None:
         while True:
-            shard.settle(execution, h, leader, end, value, traceback)
-            if execution.end is not None:
-                wake_all(execution)
-                return
-            heir = execution.leader
-            # Not if it was somebody else's to end; but again if this is done a second time.
-            if not execution.inherited or execution.predecessor != leader:
+            heir = shard.settle(execution, h, leader, end, value, traceback)
+            if heir is None:
+                if execution.end is not None:
+                    wake_all(execution)
                 return
             gone = partial(self._conclude, execution, shard, h, heir, End.LOST)
             if offer(execution, heir, gone):
