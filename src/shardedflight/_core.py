@@ -4,34 +4,41 @@ Nothing here sleeps, wakes, or knows an event loop. State is decided here, in sh
 step returns what is to be done about it; waking and user code happen in the modules above, outside
 of every lock.
 
-One `Execution` is the record of one joinable run for one key. It ends in one of the ways of `End`.
-When its leader is lost and somebody still waits, it does not end: one waiter becomes the leader,
-the others go on waiting for the same record.
+**Seats and records.** A caller that leads takes a *seat*, the tuple of its key and of who runs the
+function. One that nobody meets needs no more than that. The first who meets it, to follow or to
+forget, makes its *record*, an `Execution`: who waits, who leads by now, and at last the outcome.
+The seat stays the execution's identity all along. It ends in one of the ways of `End`. When its
+leader is lost and somebody still waits, it does not end: one waiter becomes the leader, the others
+go on waiting for the same record.
 
-**The table and the uncontended path.** A shard's `table` maps the *hash* of a key (an int) to the
-execution that holds this hash. A call that meets nobody does two dict operations and takes no lock:
+**The table and the uncontended path.** A shard's table maps the *hash* of a key (an int) to the
+seat that holds this place. A call that meets nobody does two operations on it and takes no lock:
 
-- `table.setdefault(h, mine)` links it, or finds who is there,
-- `del table[h]` unlinks it. Only the execution's own end removes an entry, so there is nothing to
-  compare and a late end can not remove a successor. To forget an execution is to mark it
-  unjoinable; it keeps its place until it ends.
+- `setdefault(h, seat)` links it, or finds who is there,
+- `del table[h]` unlinks it. Only the execution's own end removes its seat, so a late end can not
+  remove a successor. To forget an execution is to mark it unjoinable; it keeps its place until it
+  ends.
 
-With ints as the dict's keys, no `__eq__` or `__hash__` of a user's runs inside these operations.
-Each is atomic, and operations on one dict are ordered among all threads, by the GIL or by the
-dict's own lock (the "Thread safety guarantees" of CPython's documentation). All else is decided
-under `Shard.lock`.
+With ints as the table's keys, no `__eq__` or `__hash__` of a user's runs inside these operations.
+Each is atomic, and operations on one table are ordered among all threads, by the GIL or by a lock
+of the table's own (for a dict, the "Thread safety guarantees" of CPython's documentation). All else
+is decided under `Shard.lock`.
 
-**Joining** races with that lock-free end. The follower writes itself into `execution.waiters`
-first and then looks into the table again; the leader unlinks first and reads `waiters` then.
-Whichever of the two dict operations comes second sees what the other side wrote before its own:
-either the follower finds the execution still linked, and the leader will find it among the waiters,
-or the follower finds it gone, and takes its name back (Dekker's argument, with the dict as fence).
+**Meeting** races with that lock-free end. Who meets a leader writes the record into `Shard.met`
+first and then looks into the table again; the leader unlinks first and looks into `met` then.
+Whichever of the two operations on the table comes second sees what the other side wrote before its
+own: either the newcomer finds the seat still linked, and the leader will find the record, or it
+finds it gone, and takes the record back (Dekker's argument, with the table as fence). From then on
+the record is changed under the lock alone.
 
 **Two keys with one hash**, or a key whose last execution was forgotten and still runs: the place is
 taken, so the newcomer goes to `overflow`, a dict that is read and changed under the lock. It is put
 there before `setdefault` is tried once more. So whoever later finds the place free, links itself
 and then looks into `overflow`, sees it there. Keys are compared (user code) with no lock held, on a
 snapshot that is checked again under the lock.
+
+**Compiled**, the table is not a dict but a line of memory for each shard, see `_core.pxd`; all else
+is the same code. `COMPILED` tells the two apart.
 
 The shape of it, one record per running key, is that of Go's `singleflight.go`
 (https://pkg.go.dev/golang.org/x/sync/singleflight); sharding by a masked hash is ShardedFlight's.
@@ -40,20 +47,35 @@ The shape of it, one record per running key, is that of Go's `singleflight.go`
 import enum
 import itertools
 import sys
+import weakref
 from _thread import RLock, start_new_thread
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from inspect import CO_COROUTINE
-from threading import get_ident
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from ._replica import Failure, traceback_of
 
-__all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout", "public_key"]
+try:
+    import cython
+except ImportError:  # the package needs nothing at run time
+    from . import _uncompiled as cython
+
+if not cython.compiled:
+    # Compiled, _core.pxd has these as C.
+    from threading import get_ident
+
+    COMPILED = False
+
+__all__ = ["COMPILED", "Core", "End", "Execution", "Run", "Shard", "check_timeout", "public_key"]
 
 T = TypeVar("T")
 
 OnAbandon = Literal["cancel", "finish"]
+
+#: The key of a call and who runs its function: the ident of a thread, or a `Run`. Seats are told
+#: apart by identity; to compare or to hash one would run the key's own code.
+Seat = tuple[Any, Any]
 
 #: A key that no table has: a hash is never so wide.
 _FENCE = 1 << 100
@@ -74,16 +96,19 @@ class Run:
 
     __slots__ = ()
 
+    def stoppable(self) -> bool:
+        """Whether it can be stopped: a function that runs on a thread can not."""
+        raise NotImplementedError
+
     def abandon(self, execution: "Execution") -> None:
         """Nobody wants `execution` any more, and nobody can join it: stop if that is possible."""
         raise NotImplementedError
 
 
 class Execution:
-    """The record of one execution.
+    """The record of one execution, made by the first who meets its leader.
 
-    The leader's thread writes the first group before it links the record. The second group is
-    unset until somebody but the leader touches the record: what nobody needs is not made.
+    All fields but the first are changed under the shard's lock.
     """
 
     __slots__ = (
@@ -92,44 +117,45 @@ class Execution:
         "failure",
         "inherited",
         "joinable",
-        "key",
         "leader",
         "predecessor",
+        "seat",
+        "serial",
         "shared",
         "value",
         "waiters",
     )
 
-    #: What makes two calls the same call. Never changes.
-    key: Any
-    #: Who runs the function: the ident of a thread, a `Run`, or the waiter that takes over. None
-    #: after the end. Changed under the lock. It is the fence: an end is accepted from the leader
-    #: alone, so the late end of a former leader does nothing.
-    leader: Any
-    #: Who waits, in order of arrival (a dict serves as an ordered set). None until the record is
-    #: touched, and set last then: who sees it set may read the group below. Under the lock.
-    waiters: dict[Any, None] | None
+    def __init__(self, seat: Seat) -> None:
+        #: Which execution it is. Never changes.
+        self.seat = seat
+        #: Who runs the function: as in the seat, or the waiter that takes over. None after the
+        #: end. It is the fence: an end is accepted from the leader alone, so the late end of a
+        #: former leader does nothing.
+        self.leader = seat[1]
+        #: Who waits, in order of arrival (a dict serves as an ordered set).
+        self.waiters: dict[Any, None] = {}
+        #: False once forgotten, abandoned or ended.
+        self.joinable = True
+        #: The leader's own caller still wants the outcome.
+        self.attended = True
+        #: The leader was lost and its heir has not begun; and who that leader was.
+        self.inherited = False
+        self.predecessor: Any = None
+        #: Compiled, the place of the lead among those of its thread.
+        self.serial: int = seat[2] if len(seat) > 2 else 0
+        #: How it ended; None while it runs. From then on nobody joins or leaves; who wakes the
+        #: waiters drops them.
+        self.end: End | None = None
+        #: The outcome, written with the end; followers read it after they have been woken.
+        self.value: Any = None
+        self.failure: Failure | None = None
+        self.shared = False
 
-    #: False once forgotten or abandoned. Under the lock.
-    joinable: bool
-    #: The leader's own caller still wants the outcome. Under the lock.
-    attended: bool
-    #: The leader was lost and its heir has not begun; and who that leader was. Under the lock.
-    inherited: bool
-    predecessor: Any
-    #: How it ended; None while it runs. From then on nobody joins or leaves; who wakes the waiters
-    #: drops them. Under the lock.
-    end: End | None
-    #: The outcome, written with the end; followers read it after they have been woken.
-    value: Any
-    failure: Failure | None
-    shared: bool
-
-    def matches(self, key: Any) -> bool:
-        """Whether a call with `key` may join. Runs the keys' `__eq__`."""
-        if self.waiters is not None and not self.joinable:
-            return False
-        return self.key is key or bool(self.key == key)
+    @property
+    def key(self) -> Any:
+        """What makes two calls the same call, as its user knows it."""
+        return public_key(self.seat[0])
 
     def outcome(self) -> tuple[Any, bool]:
         """A follower's outcome, once woken.
@@ -151,7 +177,7 @@ class Execution:
     def error(self) -> BaseException:
         """A follower's own exception, if the end was not a value."""
         if self.end is End.MISSING:
-            return KeyError(public_key(self.key))
+            return KeyError(self.key)
         return cast("Failure", self.failure).replica()
 
 
@@ -174,15 +200,18 @@ class SteadyLock(RLock):  # type: ignore[misc]  # pyright: ignore[reportGeneralT
 
 
 class Shard:
-    """One of the independent tables. `table` and `started` need no lock, all else does."""
+    """One of the independent tables, with all that is decided under its lock."""
 
     __slots__ = (
+        "_line",
+        "_memory",
         "_started_reads",
         "abandoned",
         "deadlocks",
         "errors",
         "forgotten",
         "lock",
+        "met",
         "overflow",
         "overflow_changes",
         "promotions",
@@ -192,50 +221,59 @@ class Shard:
         "timeouts",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, memory: object, index: int) -> None:
         self.lock = SteadyLock()
-        self.table: dict[int, Execution] = {}
-        self.overflow: dict[int, list[Execution]] = {}
+        #: The records, by the id of the seat that each of them keeps alive. Read without the lock.
+        self.met: dict[int, Execution] = {}
+        self.overflow: dict[int, list[Seat]] = {}
         #: How often `overflow` has changed.
         self.overflow_changes = 0
-        #: Counts executions: `next` is atomic, where `+= 1` on an attribute would be lost updates.
-        self.started = itertools.count()
-        self._started_reads = 0
         self.shared = self.errors = self.promotions = self.timeouts = 0
         self.abandoned = self.forgotten = self.deadlocks = 0
+        if COMPILED:
+            self._memory = memory
+            self._line = line_at(memory, index)
+        else:
+            self.table: dict[int, Seat] = {}
+            #: Counts executions: `next` is atomic, where `+= 1` on an attribute would lose some.
+            self.started = itertools.count()
+            self._started_reads = 0
 
-    def orphan(self) -> None:
-        """After a fork, in the child: the threads that knew this shard are gone.
+    # -- the table: the only part that differs when compiled --------------------------------------
 
-        The one that called fork may be inside a leader's function, and will end its execution
-        here. It shall find a lock that nobody holds, and nobody to wake.
-        """
-        self.lock = SteadyLock()
-        for _, execution in self.executions():
-            if execution.waiters:
-                execution.waiters = {}
+    def get(self, h: int) -> Seat | None:
+        """The seat that holds the place `h`."""
+        if COMPILED:
+            return line_get(self._line, h)
+        return self.table.get(h)
 
-    # -- reading ----------------------------------------------------------------------------------
+    def link(self, h: int, seat: Seat) -> Seat:
+        """Links `seat` if the place is free. Returns the seat that holds it then."""
+        if COMPILED:
+            return line_link(self._line, h, seat)
+        return self.table.setdefault(h, seat)
 
-    def running(self) -> int:
-        """How many executions run now, those that were forgotten or abandoned among them."""
-        return len(self.table) + sum(map(len, list(self.overflow.values())))
+    def unlink(self, h: int, seat: Seat) -> bool:
+        """Unlinks `seat`; False if it does not hold the place."""
+        if COMPILED:
+            return line_unlink(self._line, h, seat)
+        if self.table.get(h) is not seat:
+            return False
+        del self.table[h]
+        return True
 
-    def executions(self) -> list[tuple[int, Execution]]:
-        """Those that run now, with the hashes of their keys."""
-        found = list(self.table.items())
-        for h, group in list(self.overflow.items()):
-            found += [(h, execution) for execution in tuple(group)]
-        return found
+    def seats(self) -> list[tuple[int, Seat]]:
+        """All seats in the table, with the hashes of their keys."""
+        if COMPILED:
+            return line_seats(self._line)
+        return list(self.table.items())
 
-    def waiting(self) -> int:
-        """How many followers wait now. Counted when asked: nobody has to keep a count right."""
-        found = 0
-        for _, execution in self.executions():
-            waiters = execution.waiters
-            if waiters is not None and execution.end is None:
-                found += len(waiters)
-        return found
+    def count(self) -> None:
+        """One more execution has started."""
+        if COMPILED:
+            line_count(self._line)
+        else:
+            next(self.started)
 
     def count_started(self) -> int:
         """How many executions were ever started here, by leaders and by those who took over."""
@@ -245,35 +283,96 @@ class Shard:
             self._started_reads += 1
             return number + 1 - self._started_reads + self.promotions
 
-    def holders(self, h: int) -> list[Execution]:
-        """All executions with this hash, those in overflow first."""
-        head = self.table.get(h)
+    def _mark(self) -> None:
+        """Shows to the leaders' path whether `met` and `overflow` have anything. Under the lock."""
+        if COMPILED:
+            line_mark(self._line, bool(self.met), bool(self.overflow))
+
+    def _fence(self) -> None:
+        """Orders what was written before it against all operations on the table."""
+        # Compiled, every operation takes the line's lock; a dict's `get` alone does not.
+        if not COMPILED:
+            self.table.pop(_FENCE, None)
+
+    # -- what others ask --------------------------------------------------------------------------
+
+    def claim(self, h: int, seat: Seat) -> bool:
+        """The leader's first step: links `seat` if that is all there is to do, and counts it."""
+        if self.link(h, seat) is not seat or (self.overflow and h in self.overflow):
+            return False
+        self.count()
+        return True
+
+    def release(self, h: int, seat: Seat) -> bool:
+        """The leader's last step: unlinks `seat`. False if it must be settled as well."""
+        return self.unlink(h, seat) and not (self.met and id(seat) in self.met)
+
+    def record(self, seat: Seat) -> Execution | None:
+        """The record of an execution that somebody has met, until it ends."""
+        return self.met.get(id(seat))
+
+    def leader(self, seat: Seat) -> Any:
+        """Who leads by now."""
+        record = self.met.get(id(seat))
+        return seat[1] if record is None else record.leader
+
+    def serial(self, seat: Seat) -> int:
+        """Compiled: the place of the lead among those of its thread."""
+        record = self.met.get(id(seat))
+        if record is not None:
+            return record.serial
+        return seat[2] if len(seat) > 2 else 0
+
+    def holders(self, h: int) -> list[Seat]:
+        """All seats with this hash, those in overflow first."""
+        head = self.get(h)
         found = [] if head is None else [head]
         if self.overflow:
             found[:0] = self.overflow.get(h, ())
         return found
 
+    def executions(self) -> list[tuple[int, Seat]]:
+        """Those that run now, with the hashes of their keys."""
+        found = self.seats()
+        for h, group in list(self.overflow.items()):
+            found += [(h, seat) for seat in group]
+        return found
+
+    def waiting(self) -> int:
+        """How many followers wait now. Counted when asked: nobody has to keep a count right."""
+        return sum(len(record.waiters) for record in list(self.met.values()) if record.end is None)
+
+    def orphan(self) -> None:
+        """After a fork, in the child: the threads that knew this shard are gone.
+
+        The one that called fork may be inside a leader's function, and will end its execution
+        here. It shall find a lock that nobody holds, and nobody to wake.
+        """
+        self.lock = SteadyLock()
+        for record in self.met.values():
+            record.waiters = {}
+
     # -- joining ----------------------------------------------------------------------------------
 
-    def join(self, h: int, mine: Execution, waiter: Any) -> Execution:
-        """Makes `waiter` a follower for the key of `mine`, or else makes `mine` lead.
+    def join(self, h: int, seat: Seat, waiter: Any) -> Execution | None:
+        """Makes `waiter` a follower for the key of `seat`, or else makes `seat` lead.
 
         Args:
             h: The hash of the key.
-            mine: A new record. It may be linked in `table` already.
+            seat: A new one. It may be linked already.
             waiter: Who is to be woken.
 
         Returns:
-            `mine` if it leads now, otherwise the execution that `waiter` has joined.
+            What `waiter` has joined. None: `seat` leads.
 
         Raises:
-            Exception: What `__eq__` of a key raised; the caller ends `mine` if it is linked.
+            Exception: What `__eq__` of a key raised; the caller ends `seat`.
         """
-        while not self._lead(h, mine):
-            joined = self.follow(h, mine.key, waiter)
+        while not self._lead(h, seat):
+            joined = self.follow(h, seat[0], waiter)
             if joined is not None:
                 return joined
-        return mine
+        return None
 
     def follow(self, h: int, key: Any, waiter: Any) -> Execution | None:
         """Makes `waiter` a follower of the joinable execution for `key`.
@@ -281,113 +380,110 @@ class Shard:
         Returns:
             The execution, or None if there is none.
         """
-        table = self.table
         while True:
-            changes = self.overflow_changes
-            head = table.get(h)
-            # What _match finds where nothing is special, without the calls.
-            if (
-                head is not None
-                and (head.waiters is None or head.joinable)
-                and (head.key is key or head.key == key)
-                and not self.overflow
-            ):
-                match = head
-            else:
-                found = self._match(h, key, head)
-                if found is None:
-                    return None
-                match = found
+            seat = self._match(h, key, self.get(h))
+            if seat is None:
+                return None
             with self.lock:
-                if match.waiters is None:
-                    self.touch(match)
-                elif not match.joinable:
-                    continue
-                waiters = cast("dict[Any, None]", match.waiters)
-                waiters[waiter] = None
-                if match is head:
-                    # The dict's own lock is the fence, and `get` alone does not take it.
-                    table.pop(_FENCE, None)
-                    if table.get(h) is head:
-                        return match
-                elif changes == self.overflow_changes:
-                    return match
-                del waiters[waiter]
+                record = self._meet(h, seat)
+                if record is not None and record.joinable:
+                    record.waiters[waiter] = None
+                    return record
 
-    def _lead(self, h: int, mine: Execution) -> bool:
-        """Links `mine`; False, with `mine` not linked, if another one may be joinable."""
+    def _meet(self, h: int, seat: Seat) -> Execution | None:
+        """The record of `seat`, made now if need be; None if it has ended. Under the lock."""
+        number = id(seat)
+        record = self.met.get(number)
+        if record is not None:
+            return record
+        record = Execution(seat)
+        self.met[number] = record
+        try:
+            self._mark()
+            self._fence()
+            linked = self.get(h) is seat
+        except BaseException:  # a signal handler's
+            del self.met[number]
+            raise
+        if not linked:
+            del self.met[number]
+            self._mark()
+            return None
+        return record
+
+    def _lead(self, h: int, seat: Seat) -> bool:
+        """Links `seat`; False, with `seat` not linked, if another one may be joinable."""
         changes = self.overflow_changes
-        head = self.table.setdefault(h, mine)
-        match = self._match(h, mine.key, head, mine)
-        if match is not None and head is not mine:
+        head = self.link(h, seat)
+        match = self._match(h, seat[0], head, seat)
+        if match is not None and head is not seat:
             return False
         with self.lock:
-            if head is mine:
-                # What others have touched in the meantime may have followers: it has to lead. If
-                # there is a match beside it, then it was forgotten since.
-                if mine.waiters is None and (match is not None or changes != self.overflow_changes):
-                    del self.table[h]
+            if head is seat:
+                # Those who have met it in the meantime may follow: it has to lead. If there is a
+                # match beside it, then it was forgotten since.
+                if id(seat) not in self.met and (
+                    match is not None or changes != self.overflow_changes
+                ):
+                    self.unlink(h, seat)
                     return False
-            elif changes != self.overflow_changes or not self._link_beside(h, mine, head):
+            elif changes != self.overflow_changes or not self._link_beside(h, seat, head):
                 return False
-            next(self.started)
+            self.count()
             return True
 
-    def _match(
-        self, h: int, key: Any, head: Execution | None, mine: Execution | None = None
-    ) -> Execution | None:
+    def _match(self, h: int, key: Any, head: Seat | None, mine: Seat | None = None) -> Seat | None:
         """The joinable execution for `key` among those that hold its hash. Runs user code."""
         if self.overflow:
-            for other in tuple(self.overflow.get(h, ())):
-                if other is not mine and other.matches(key):
-                    return other
-        if head is None or head is mine or not head.matches(key):
+            for seat in self.overflow.get(h, ()):
+                if seat is not mine and self._matches(seat, key):
+                    return seat
+        if head is None or head is mine or not self._matches(head, key):
             return None
         return head
 
-    def _link_beside(self, h: int, mine: Execution, head: Execution) -> bool:
-        """Links `mine` in overflow as long as `head` has its place. Under the lock.
+    def _matches(self, seat: Seat, key: Any) -> bool:
+        record = self.met.get(id(seat))
+        if record is not None and not record.joinable:
+            return False
+        return seat[0] is key or bool(seat[0] == key)
+
+    def _link_beside(self, h: int, seat: Seat, head: Seat) -> bool:
+        """Links `seat` in overflow as long as `head` has its place. Under the lock.
 
         Returns:
-            False, with `mine` not linked, if the place has another holder: it may be of this key.
+            False, with `seat` not linked, if the place has another holder: it may be of this key.
         """
-        self.touch(mine)
-        self.overflow.setdefault(h, []).append(mine)
-        self.overflow_changes += 1
-        holder = self.table.setdefault(h, mine)
+        self.met[id(seat)] = Execution(seat)
+        self._change_overflow(h, [*self.overflow.get(h, ()), seat])
+        holder = self.link(h, seat)
         if holder is head:
             return True
-        self._remove_from_overflow(mine, h)
-        mine.waiters = None
-        return holder is mine
+        self._remove_from_overflow(h, seat)
+        del self.met[id(seat)]
+        self._mark()
+        return holder is seat
 
-    def _remove_from_overflow(self, execution: Execution, h: int) -> None:
-        group = self.overflow.get(h, [])
-        if execution in group:
-            group.remove(execution)
-            self.overflow_changes += 1
-            if not group:
-                del self.overflow[h]
+    def _remove_from_overflow(self, h: int, seat: Seat) -> None:
+        if h in self.overflow:
+            self._change_overflow(h, [other for other in self.overflow[h] if other is not seat])
 
-    def touch(self, execution: Execution) -> None:
-        """Sets the second group of fields, once. Under the lock."""
-        if execution.waiters is None:
-            execution.joinable = True
-            execution.attended = True
-            execution.end = None
-            execution.failure = None
-            execution.shared = False
-            execution.inherited = False
-            execution.predecessor = None
-            execution.waiters = {}
+    def _change_overflow(self, h: int, group: list[Seat]) -> None:
+        # Others iterate over a group without the lock: it is replaced, not changed.
+        if group:
+            self.overflow[h] = group
+        else:
+            del self.overflow[h]
+        self.overflow_changes += 1
+        self._mark()
 
     # -- leaving ----------------------------------------------------------------------------------
 
-    def leave(self, execution: Execution, waiter: Any, cancel: bool) -> tuple[bool, Run | None]:
+    def leave(self, record: Execution, waiter: Any, cancel: bool) -> tuple[bool, Run | None]:
         """A follower goes.
 
         Args:
-            execution: What it had joined.
+            record: What it had joined.
             waiter: The follower.
             cancel: Whether an execution that nobody wants any more is to be abandoned.
 
@@ -396,128 +492,145 @@ class Shard:
             nobody wants any more, to be abandoned by the caller.
         """
         with self.lock:
-            waiters = execution.waiters
-            if waiters is None or execution.end is not None or waiter not in waiters:
+            if record.end is not None or waiter not in record.waiters:
                 return False, None
-            del waiters[waiter]
-            return True, self._deserted(execution) if cancel else None
+            del record.waiters[waiter]
+            return True, self._deserted(record) if cancel else None
 
-    def leave_leader(
-        self, execution: Execution, leaders: tuple[Any, ...], cancel: bool
-    ) -> Run | None:
-        """The own caller of a leader, one of `leaders`, goes. Returns a run as `leave` does."""
+    def leave_leader(self, h: int, seat: Seat, leader: Run, cancel: bool) -> Execution | None:
+        """The own caller of a leader goes.
+
+        Returns:
+            What nobody wants any more, if so: its leader is to abandon it.
+        """
         with self.lock:
-            if execution.leader not in leaders:
+            record = self._meet(h, seat)
+            if record is None or record.leader is not leader:
                 return None
-            self.touch(execution)
-            execution.attended = False
-            return self._deserted(execution) if cancel else None
+            record.attended = False
+            return record if cancel and self._deserted(record) is not None else None
 
-    def _deserted(self, execution: Execution) -> Run | None:
-        if execution.waiters or execution.attended or execution.end is not None:
+    def _deserted(self, record: Execution) -> Run | None:
+        if record.waiters or record.attended or record.end is not None:
             return None
-        if not isinstance(execution.leader, Run):
-            return None  # it runs on a thread, which can not be stopped
-        execution.joinable = False
-        execution.end = End.ABANDONED
+        leader = record.leader
+        if not isinstance(leader, Run) or not leader.stoppable():
+            return None
+        record.joinable = False
+        record.end = End.ABANDONED
         self.abandoned += 1
-        return execution.leader
+        return leader
 
     def forget(self, h: int, key: Hashable) -> None:
         """Makes the key's execution, if there is one, unjoinable."""
-        while True:
-            changes = self.overflow_changes
-            match = self._match(h, key, self.table.get(h))
-            with self.lock:
-                if changes != self.overflow_changes:
-                    continue
-                if match is not None and (match.waiters is None or match.joinable):
-                    self.touch(match)
-                    match.joinable = False
-                    self.forgotten += 1
-                return
+        seat = self._match(h, key, self.get(h))
+        if seat is None:
+            return
+        with self.lock:
+            record = self._meet(h, seat)
+            if record is not None and record.joinable:
+                record.joinable = False
+                self.forgotten += 1
 
     # -- ending -----------------------------------------------------------------------------------
 
-    def adopt(self, execution: Execution, heir: Any, leader: Any) -> bool:
+    def running_as(self, h: int, seat: Seat) -> tuple[Execution, ...]:
+        """The record of an execution that its own caller waits for; empty if it has ended."""
+        with self.lock:
+            record = self._meet(h, seat)
+            return () if record is None or record.leader is None else (record,)
+
+    def adopt(self, seat: Seat, heir: Any, leader: Any) -> bool:
         """`heir`, who was to take over or to start, does so as `leader`. False if it is too late.
 
         Too late: it was lost in the meantime, or everybody has left.
         """
         with self.lock:
-            if execution.leader is not heir:
+            record = self.met.get(id(seat))
+            if record is None:  # nobody has met it, so nobody has ended it
+                return seat[1] is heir
+            if record.leader is not heir or record.end is not None:
                 return False
-            if execution.waiters is not None and execution.end is not None:
-                return False
-            execution.leader = leader
-            if execution.waiters is not None and execution.inherited:
-                execution.inherited = False
-                execution.predecessor = None
+            record.leader = leader
+            if COMPILED:
+                record.serial = next_serial()
+            if record.inherited:
+                record.inherited = False
+                record.predecessor = None
                 self.promotions += 1
             return True
 
     def settle(
         self,
-        execution: Execution,
         h: int,
+        seat: Seat,
         leader: Any,
         end: End,
         value: Any = None,
         traceback: TracebackType | None = None,
-    ) -> Any:
+    ) -> tuple[Execution | None, Any]:
         """The leader's run has ended: so has the execution, or a waiter leads it from now on.
 
         Args:
-            execution: What `leader` leads. An end that comes from anybody else changes nothing.
             h: The hash of its key.
+            seat: What `leader` leads. An end that comes from anybody else changes nothing.
             leader: Whose run has ended.
             end: How.
             value: The value, or the exception.
             traceback: Where the exception was raised.
 
         Returns:
-            The waiter that takes over and has to be told. That it may have left in the meantime is
-            for it to say: only who is told can end what nobody leads yet.
+            The record, if somebody has met it, and the waiter that takes over and has to be told.
+            That it may have left in the meantime is for it to say: only who is told can end what
+            nobody leads yet.
         """
         with self.lock:
-            self.touch(execution)
-            if execution.leader is None or execution.leader != leader:
+            record = self.met.get(id(seat))
+            if record is None:  # nobody has met it; or it has ended before
+                if self.unlink(h, seat) and end is End.ERROR:
+                    self.errors += 1
+                return None, None
+            if record.leader is None or record.leader != leader:
                 # Done a second time, after an interruption: the heir may not have been told.
-                told_twice = execution.inherited and execution.predecessor == leader
-                return execution.leader if told_twice else None
-            waiters = cast("dict[Any, None]", execution.waiters)
+                told_twice = record.inherited and record.predecessor == leader
+                return record, record.leader if told_twice else None
+            waiters = record.waiters
             # All calls come first: a signal handler's exception strikes at calls only, and what
             # is assigned after the last of them is assigned as a whole.
             if end is End.LOST and waiters:
                 heir = next(iter(waiters))
                 del waiters[heir]
-                execution.attended = True
-                execution.inherited = True
-                execution.predecessor = leader
-                execution.leader = heir
-                return heir
+                record.attended = True
+                record.inherited = True
+                record.predecessor = leader
+                record.leader = heir
+                return record, heir
             # A follower that was cancelled in the same moment has not left yet.
-            served = sum(not is_cancelled(waiter) for waiter in waiters)
+            served = sum([not is_cancelled(waiter) for waiter in waiters])
             failure = Failure(value, traceback) if end is End.ERROR and waiters else None
-            self._unlink(execution, h)
-            execution.leader = None
-            if execution.end is None:
-                execution.shared = served + execution.attended > 1
-                execution.failure = failure
+            if not self.unlink(h, seat):
+                self._remove_from_overflow(h, seat)
+            record.leader = None
+            if record.end is None:
+                record.shared = served + record.attended > 1
+                record.failure = failure
                 if end is End.VALUE:
-                    execution.value = value
+                    record.value = value
                 elif end is End.ERROR:
                     self.errors += 1
                 self.shared += served
-                execution.joinable = False
-                execution.end = end
-            return None
+                record.joinable = False
+                record.end = end
+            return record, None
 
-    def _unlink(self, execution: Execution, h: int) -> None:
-        if self.table.get(h) is execution:
-            del self.table[h]
-        else:
-            self._remove_from_overflow(execution, h)
+    def dismiss(self, seat: Seat) -> None:
+        """Drops the record of an execution that has ended, once all have been woken.
+
+        Not before: an end that is interrupted on its way to the waiters is done again.
+        """
+        with self.lock:
+            self.met.pop(id(seat), None)
+            self._mark()
 
 
 def is_cancelled(waiter: Any) -> bool:
@@ -526,18 +639,66 @@ def is_cancelled(waiter: Any) -> bool:
     return cancelled is not None and bool(cancelled())
 
 
-class LonePart(tuple[Any]):
-    """The key of a call with one part that is a tuple: that part, wrapped.
+class _Mark:
+    """A part that no caller has."""
 
-    Several parts, or none, are the tuple of themselves, never of length 1: so the two never meet.
-    """
+    __slots__ = ("_name",)
 
-    __slots__ = ()
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+#: The key of a call with one part is that part. That of several is `(SEVERAL, part, more)`, so that
+#: it is not taken for a lone part that is a tuple; that of none is NO_PART.
+NO_PART: Any = _Mark("<no part>")
+SEVERAL: Any = _Mark("<several parts>")
 
 
 def public_key(key: Any) -> Any:
-    """The key as its user knows it."""
-    return key[0] if type(key) is LonePart else key
+    """The key as its user knows it: one part, or the tuple of several."""
+    if key is NO_PART:
+        return ()
+    if type(key) is tuple and len(key) == 3 and key[0] is SEVERAL:
+        return (key[1], *key[2])
+    return key
+
+
+def key_of(parts: tuple[Any, ...]) -> Any:
+    """The key of a call with these parts."""
+    if len(parts) == 1:
+        return parts[0]
+    return (SEVERAL, parts[0], parts[1:]) if parts else NO_PART
+
+
+def seat_here(key: Any) -> Seat:
+    """A seat for a function that this thread runs."""
+    if COMPILED:
+        return (key, get_ident(), next_serial())
+    return (key, get_ident())
+
+
+_making = SteadyLock()
+
+#: All flights, by id, for what concerns the whole process. A plain dict: it can be read in one step
+#: while others make and drop flights.
+_flights: "dict[int, weakref.ref[Any]]" = {}
+
+
+def register(flight: "Core") -> None:
+    """Has the flight found by `all_flights` as long as it lives."""
+    me = id(flight)
+    _flights[me] = weakref.ref(flight, lambda _: _flights.pop(me, None))
+
+
+def all_flights() -> "Iterator[Any]":
+    """The flights of this process."""
+    for reference in list(_flights.values()):
+        flight = reference()
+        if flight is not None:
+            yield flight
 
 
 class Core:
@@ -551,48 +712,71 @@ class Core:
     ) -> None:
         self._build_key = build_key
         self._hash = hash
-        self._shift = 64 - (shards - 1).bit_length()
-        self._make_shards(shards)
+        self._mask = shards - 1
+        #: By how much a mixed hash is shifted to be an index; one bit less, for a shift by all of
+        #: an int's bits is not defined in C.
+        self._shift = 63 - self._mask.bit_length()
+        #: Compiled, in a forked child: the memory in which its parent's executions may still end.
+        self._old_memory: Any = None
+        self._make_shards()
 
-    def _make_shards(self, shards: int) -> None:
-        self._shards = tuple(Shard() for _ in range(shards))
+    def _make_shards(self) -> None:
+        if COMPILED:
+            self._memory = make_lines(self._mask + 1)
+            self._lines = line_at(self._memory, 0)
+            self._stride = stride_of(slots_of(self._mask + 1))
+        #: Made when they are first needed, under `_making`.
+        self._shards: list[Shard | None] = [None] * (self._mask + 1)
         #: The only shard, where there is only one and no hook to be asked.
-        self._single = self._shards[0] if shards == 1 and self._hash is None else None
+        self._single = self._shard_at(0) if self._mask == 0 and self._hash is None else None
 
     @property
     def shards(self) -> int:
         """How many shards the flight has."""
-        return len(self._shards)
+        return int(self._mask + 1)
 
     def _key(self, parts: tuple[Any, ...]) -> Any:
-        if self._build_key is not None:
-            return self._build_key(*parts)
-        if len(parts) != 1:
-            return parts
-        return LonePart(parts) if isinstance(parts[0], tuple) else parts[0]
+        return key_of(parts) if self._build_key is None else self._build_key(*parts)
 
     def _shard_of(self, key: Any, h: int) -> Shard:
-        if self._single is not None:
-            return self._single
+        return self._single or self._shard_at(self._index(key, h))
+
+    def _index(self, key: Any, h: int) -> int:
         hook = self._hash
         if hook is None:
             # Fibonacci hashing (Knuth, TAOCP 3, 6.4): the product's top bits depend on all bits
             # of h, so ints, which hash to themselves, spread whatever their step.
-            return self._shards[(h * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> self._shift]
+            if COMPILED:
+                return mixed(h, self._shift)
+            return (h * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 1 >> self._shift
         key = public_key(key)
         index = hook(key)
         if not isinstance(index, int):
             raise TypeError(f"hash must return an int, and returned {index!r} for the key {key!r}")
-        return self._shards[index & (len(self._shards) - 1)]
+        return index & int(self._mask)
+
+    def _shard_at(self, index: int) -> Shard:
+        shard = self._shards[index]
+        if shard is None:
+            with _making:
+                shard = self._shards[index]
+                if shard is None:
+                    memory = self._memory if COMPILED else None
+                    shard = self._shards[index] = Shard(memory, index)
+        return shard
+
+    def _made_shards(self) -> list[Shard]:
+        return [shard for shard in self._shards if shard is not None]
 
     def do(
-        self, fn: Callable[[], T], /, *parts: Any, timeout: float | None = None
+        self, fn: Callable[[], T], part: Any = NO_PART, /, *more: Any, timeout: float | None = None
     ) -> tuple[T, bool]:
         """Runs `fn`, or waits for the caller that already runs it for this key.
 
         Args:
             fn: The function to run, on this thread, if nobody runs one for the key.
-            *parts: What the key is made of.
+            part: What the key is made of,
+            *more: of one part or several.
             timeout: Seconds to wait, at the most, as a follower. A leader is not limited.
 
         Returns:
@@ -612,86 +796,144 @@ class Core:
             check_timeout(timeout)
         # The same as self._key(parts), without the call.
         if self._build_key is not None:
-            key = self._build_key(*parts)
-        elif len(parts) == 1:
-            key = parts[0]
-            if type(key) is not str and isinstance(key, tuple):
-                key = LonePart(parts)
+            key = self._build_key(*(() if part is NO_PART else (part, *more)))
+        elif more:
+            key = (SEVERAL, part, more)
         else:
-            key = parts
+            key = part
         h = hash(key)
-        shard = self._single
-        if shard is None:
-            shard = self._shard_of(key, h)
-        execution = Execution()
-        execution.key = key
-        me = execution.leader = get_ident()
-        execution.waiters = None
-        table = shard.table
+        if COMPILED:
+            # The seat is a slot in the line, and becomes a tuple only if somebody meets it.
+            seat = None
+            slot = TAKEN
+            line = line_of(self, key, h)
+        else:
+            seat = (key, get_ident())
+            shard = self._single or self._shard_of(key, h)
         # CPython runs signal handlers at calls, and what they raise can strike at every call below.
         # So all of them, from the link on, are inside of one try, and the clean-up is made of steps
         # that may be done twice, and is done again when it is itself interrupted.
         try:
-            if table.setdefault(h, execution) is execution and not shard.overflow:
-                next(shard.started)
+            if COMPILED:
+                slot = line_claim(line, h, key)
+                if slot == FULL:
+                    seat = line_seat(line, slot, key)
+                    slot = line_claim_more(line, h, seat)
+                leads = slot >= 0
+            else:
+                leads = shard.table.setdefault(h, seat) is seat and (
+                    not shard.overflow or h not in shard.overflow
+                )
+            if leads:
+                if not COMPILED:
+                    next(shard.started)
                 value = fn()
                 if type(value) is CoroutineType:
-                    self._conclude(execution, shard, h, me, End.LOST)
+                    if COMPILED:
+                        seat = line_release(line, slot, h, seat) or (key, 0)
+                        slot = TAKEN
+                        shard = self._shard_of(key, h)
+                    self._conclude(shard, h, seat, seat[1], End.LOST)
                     refuse_coroutine(value)
-                del table[h]
-                if execution.waiters is None:
-                    return value, False
-                self._conclude(execution, shard, h, me, End.VALUE, value)
-                return value, execution.shared
-            return self._follow(shard, h, execution, fn, timeout)
+                if COMPILED:
+                    seat = line_release(line, slot, h, seat)
+                    slot = TAKEN
+                    if seat is None:
+                        return value, False
+                    shard = self._shard_of(key, h)
+                else:
+                    del shard.table[h]
+                    if not shard.met:
+                        return value, False
+                record = self._conclude(shard, h, seat, seat[1], End.VALUE, value)
+                return value, record is not None and record.shared
+            if COMPILED:
+                if seat is None:
+                    seat = line_seat(line, slot, key)
+                shard = self._shard_of(key, h)
+            return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
+            if COMPILED:
+                if seat is None:
+                    seat = line_seat(line, slot, key)
+                shard = self._shard_of(key, h)
             try:
-                if table.get(h) is execution or execution.waiters is not None:
-                    self._fail(execution, shard, h, me, error)
+                self._fail(shard, h, seat, seat[1], error)
             except RecursionError:  # no room left on this stack
-                start_new_thread(self._fail, (execution, shard, h, me, error))
+                start_new_thread(self._fail, (shard, h, seat, seat[1], error))
             except BaseException:
-                self._fail(execution, shard, h, me, error)
+                self._fail(shard, h, seat, seat[1], error)
                 raise
-            finally:
-                del execution  # the traceback holds this frame: see Failure
             raise
 
     def _fail(
-        self, execution: Execution, shard: Shard, h: int, leader: Any, error: BaseException
+        self, shard: Shard, h: int, seat: Seat, leader: Any, error: BaseException
     ) -> None:
         """Ends the leader's run with what its function raised, as seen from the caller's frame."""
         if issubclass(type(error), Exception):
             traceback = traceback_of(error)
             if traceback is not None:  # without the frame of ours that caught it
                 traceback = traceback.tb_next
-            self._conclude(execution, shard, h, leader, End.ERROR, error, traceback)
+            self._conclude(shard, h, seat, leader, End.ERROR, error, traceback)
         else:
-            self._conclude(execution, shard, h, leader, End.LOST)
+            self._conclude(shard, h, seat, leader, End.LOST)
 
     def _conclude(
         self,
-        execution: Execution,
         shard: Shard,
         h: int,
+        seat: Seat,
         leader: Any,
         end: End,
         value: Any = None,
         traceback: TracebackType | None = None,
-    ) -> None:
-        """Settles the leader's run and wakes whom that concerns."""
+    ) -> Execution | None:
+        """Settles the leader's run and wakes whom that concerns. Returns the record, if any."""
         raise NotImplementedError
 
     def _follow(
-        self,
-        shard: Shard,
-        h: int,
-        mine: Execution,
-        fn: Callable[[], T],
-        timeout: float | None,
+        self, shard: Shard, h: int, seat: Seat, fn: Callable[[], T], timeout: float | None
     ) -> tuple[T, bool]:
-        """`do`, when the key or its place in the table is taken."""
+        """`do`, when the place in the table is taken, or another one with this hash is beside it."""
         raise NotImplementedError
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    def executions(self) -> list[tuple[Shard, int, Seat]]:
+        """Those that run now, with their shards and the hashes of their keys."""
+        return [
+            (shard, h, seat)
+            for index, count in enumerate(self._running())
+            if count
+            for shard in (self._shard_at(index),)
+            for h, seat in shard.executions()
+        ]
+
+    def _count_started(self) -> int:
+        """How many executions were ever started."""
+        if COMPILED:
+            started = lines_started(self._memory)
+            return int(started + sum([shard.promotions for shard in self._made_shards()]))
+        return sum([shard.count_started() for shard in self._made_shards()])
+
+    def _running(self) -> tuple[int, ...]:
+        """How many executions run now in each shard."""
+        running = lines_running(self._memory) if COMPILED else [0] * len(self._shards)
+        for index, shard in enumerate(self._shards):
+            if shard is not None:
+                if not COMPILED:
+                    running[index] = len(shard.table)
+                running[index] += sum([len(group) for group in list(shard.overflow.values())])
+        return tuple(running)
+
+    def _orphan(self) -> None:
+        """After a fork, in the child: starts anew with nothing in flight and no lock held."""
+        for shard in self._made_shards():
+            shard.orphan()
+        if COMPILED:  # the one that called fork may be inside a leader's function
+            lines_orphan(self._memory)
+            self._old_memory = (self._memory, self._old_memory)
+        self._make_shards()
 
 
 def gil_enabled() -> bool:

@@ -23,7 +23,18 @@ from contextvars import ContextVar
 from threading import get_ident
 from typing import Any
 
-from ._core import Core, Execution, Shard, SteadyLock, gil_enabled, public_key
+from ._core import (
+    COMPILED,
+    Core,
+    Execution,
+    Run,
+    Seat,
+    Shard,
+    SteadyLock,
+    all_flights,
+    gil_enabled,
+    public_key,
+)
 from ._waiting import LoopRun
 from .exceptions import DeadlockError
 
@@ -33,8 +44,8 @@ __all__ = ["begin_run", "begin_wait", "check_wait", "current_run", "end_wait", "
 current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run", default=None)
 
 #: The functions of ours below which a leader's function runs on its caller's stack. Each has the
-#: local variable `execution`, or `items` with an `execution` each.
-leading_code: set[types.CodeType] = {Core.do.__code__}
+#: local variables `seat`, `shard` and `h`, or `items` that have them. What is compiled has no frame.
+leading_code: set[types.CodeType] = set() if COMPILED else {Core.do.__code__}
 
 #: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it.
 _lock = SteadyLock()
@@ -158,8 +169,10 @@ def _path_back(
     thread = get_ident()
     if len(executions) == 1:  # the usual case, quickly: a leader that waits for nothing
         leader = executions[0].leader
-        if not isinstance(leader, LoopRun) and leader != thread and leader not in _blocked:
-            return None
+        if not isinstance(leader, LoopRun):
+            leader = _thread_of(leader)
+            if leader != thread and leader not in _blocked:
+                return None
     own_run = current_run.get() if task is not None else None
     seen = set(first)
     # Depth first, without recursion: each entry is an execution and the chain before it.
@@ -171,10 +184,11 @@ def _path_back(
         seen.add(execution)
         chain = (execution, before)
         leader = execution.leader
-        if isinstance(leader, int):
-            if leader == thread:  # its function is on this stack, below an event loop perhaps
+        leading_thread = _thread_of(leader)
+        if leading_thread is not None:
+            if leading_thread == thread:  # its function is on this stack, maybe below an event loop
                 return _unchained(chain)
-            needed = _blocked.get(leader, ())
+            needed = _blocked.get(leading_thread, ())
         elif isinstance(leader, LoopRun) and not leader.loop.is_closed():
             loop_thread = leader.needed_thread()
             if task is None and loop_thread == thread:
@@ -185,6 +199,16 @@ def _path_back(
         else:
             continue  # it is about to begin, or to be replaced: it waits for nothing
         stack += [(e, chain) for e in needed]
+    return None
+
+
+def _thread_of(leader: Any) -> int | None:
+    """The thread on whose stack the leader's function runs now."""
+    if isinstance(leader, int):
+        return leader
+    if isinstance(leader, Run) and not isinstance(leader, LoopRun):
+        thread: int | None = leader.thread
+        return thread
     return None
 
 
@@ -287,39 +311,55 @@ def _awaited_in_coroutine(coroutine: Any) -> "Iterator[asyncio.Future[Any]]":
 
 def _error(path: list[Execution], task: "asyncio.Task[Any] | None") -> DeadlockError:
     if task is None and isinstance(path[-1].leader, LoopRun):
-        keys = tuple(public_key(execution.key) for execution in path)
+        keys = tuple(execution.key for execution in path)
         names = " -> ".join(map(repr, keys))
         return DeadlockError(
             f"waiting for {names} on this thread would stop the event loop that it needs", keys
         )
-    in_order: list[Execution] = []
+    in_order: list[Seat] = []
     for execution in (path[-1], *path[:-1]):
-        in_order += [execution, *_led_inside(execution)]
-    in_order.append(path[-1])
-    keys = tuple(public_key(execution.key) for execution in in_order)
+        in_order += [execution.seat, *_led_inside(execution)]
+    in_order.append(path[-1].seat)
+    keys = tuple(public_key(seat[0]) for seat in in_order)
     return DeadlockError("these wait for each other: " + " -> ".join(map(repr, keys)), keys)
 
 
-def _led_inside(execution: Execution) -> list[Execution]:
+def _led_inside(execution: Execution) -> list[Seat]:
     """What the thread that leads `execution` leads in calls further in, outermost first.
 
-    Nobody keeps that: it would cost every leader. It is read off the thread's stack.
+    Nobody keeps that: it would cost every leader.
     """
-    frame = sys._current_frames().get(execution.leader)
-    inside: list[Execution] = []
+    thread = _thread_of(execution.leader)
+    if thread is None:
+        return []
+    led = _led_by(thread)
+    for place, seat in enumerate(led):
+        if seat is execution.seat:
+            return led[place + 1 :]
+    return []
+
+
+def _led_by(thread: int) -> list[Seat]:
+    """What a thread leads, outermost first; of several led by one function, one."""
+    if COMPILED:
+        by_serial: dict[int, Seat] = {}
+        for flight in all_flights():
+            for shard, _, seat in flight.executions():
+                if _thread_of(shard.leader(seat)) == thread:
+                    by_serial.setdefault(shard.serial(seat), seat)
+        return [by_serial[serial] for serial in sorted(by_serial)]
+    led: list[Seat] = []
+    frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code in leading_code:
             names = frame.f_locals
-            led = [item.execution for item in names.get("items", ())]
-            if "execution" in names:
-                # Not so the record of a follower, which was never linked.
-                holders = names["shard"].holders(names["h"])
-                led = [e for e in holders if e is names["execution"]]
-            if execution in led:
-                return inside[::-1]
-            inside += led[:1]
+            if "items" in names:
+                led += [item.seat for item in names["items"][:1]]
+            # Not the seat of a follower, which was never linked.
+            elif any(seat is names["seat"] for seat in names["shard"].holders(names["h"])):
+                led.append(names["seat"])
         frame = frame.f_back
-    return []
+    return led[::-1]
 
 
 def _after_fork_in_child() -> None:

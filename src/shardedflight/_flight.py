@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import os
 import sys
-import weakref
 from _thread import start_new_thread
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -21,13 +20,16 @@ from ._core import (
     End,
     Execution,
     OnAbandon,
+    Run,
+    Seat,
     Shard,
     SteadyLock,
+    all_flights,
     gil_enabled,
     not_awaitable,
-    public_key,
     refuse_coroutine,
     refuse_coroutine_function,
+    register,
 )
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code
 from ._future import FlightFuture
@@ -148,91 +150,81 @@ class ShardedFlight(Core):
         self._executor = executor
         #: The pool made here when it is first needed, under `_pool_lock`.
         self._pool: ThreadPoolExecutor | None = None
-        me = id(self)
-        _flights[me] = weakref.ref(self, lambda _: _flights.pop(me, None))
+        register(self)
 
     # -- threads ----------------------------------------------------------------------------------
 
     def _follow(
-        self,
-        shard: Shard,
-        h: int,
-        mine: Execution,
-        fn: Callable[[], T],
-        timeout: float | None,
+        self, shard: Shard, h: int, seat: Seat, fn: Callable[[], T], timeout: float | None
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
-        execution = mine
+        record: Execution | None = None
         try:
             refuse_coroutine_function(fn)
-            execution = shard.join(h, mine, sleeper)
-            if execution is not mine:
-                begin_wait(shard, (execution,))
+            record = shard.join(h, seat, sleeper)
+            if record is not None:
+                begin_wait(shard, (record,))
                 try:
                     if not sleeper.sleep(timeout):
-                        if self._leave(shard, execution, sleeper):
+                        if self._leave(shard, record, sleeper):
                             with shard.lock:
                                 shard.timeouts += 1
-                            wanted = public_key(execution.key)
                             raise FlightTimeout(
-                                f"waited {timeout} s for the execution of {wanted!r}"
+                                f"waited {timeout} s for the execution of {record.key!r}"
                             )
                         sleeper.sleep()
                 finally:
                     end_wait()
                 if not sleeper.news[0][1]:
-                    return execution.outcome()
+                    return record.outcome()
         except BaseException:
             try:
-                self._stop_following(shard, h, mine, sleeper, execution)
+                self._stop_following(shard, h, seat, sleeper, record)
             except BaseException:  # interrupted: see Core.do
-                self._stop_following(shard, h, mine, sleeper, execution)
+                self._stop_following(shard, h, seat, sleeper, record)
                 raise
             finally:
-                del execution, mine, sleeper  # the traceback holds this frame: see Failure
+                del record, sleeper  # the traceback holds this frame: see Failure
             raise
-        me = sleeper.thread
         try:
-            if execution is not mine:
-                shard.adopt(execution, sleeper, me)
-            return self._lead(execution, shard, h, me, fn)
+            if record is not None:
+                seat = record.seat
+                shard.adopt(seat, sleeper, sleeper.thread)
+            return self._lead(shard, h, seat, sleeper.thread, fn)
         finally:
-            del execution, mine, sleeper
+            del record, sleeper, seat
 
     def _stop_following(
-        self, shard: Shard, h: int, mine: Execution, sleeper: Sleeper, execution: Execution
+        self, shard: Shard, h: int, seat: Seat, sleeper: Sleeper, record: Execution | None
     ) -> None:
-        self._withdraw(shard, h, sleeper, execution)
-        # A key's __eq__ may have raised when `mine` was linked already: nobody else's error.
-        if shard.table.get(h) is mine or mine.waiters is not None:
-            self._conclude(mine, shard, h, mine.leader, End.LOST)
+        self._withdraw(shard, h, sleeper, record)
+        # A key's __eq__ may have raised when `seat` was linked already: nobody else's error.
+        self._conclude(shard, h, seat, seat[1], End.LOST)
 
     def _lead(
-        self, execution: Execution, shard: Shard, h: int, leader: Any, fn: Callable[[], T]
+        self, shard: Shard, h: int, seat: Seat, leader: Any, fn: Callable[[], T]
     ) -> tuple[T, bool]:
-        """Runs `fn` on this thread, for an execution that others know of already."""
+        """Runs `fn` on this thread, for an execution that others may know of already."""
         try:
             value = fn()
             if type(value) is CoroutineType:
-                self._conclude(execution, shard, h, leader, End.LOST)
+                self._conclude(shard, h, seat, leader, End.LOST)
                 refuse_coroutine(value)
-            if execution.waiters is None and shard.table.get(h) is execution:
-                del shard.table[h]
-                if execution.waiters is None:
-                    return value, False
-            self._conclude(execution, shard, h, leader, End.VALUE, value)
-            return value, execution.shared
+            if shard.release(h, seat):
+                return value, False
+            record = self._conclude(shard, h, seat, leader, End.VALUE, value)
+            return value, record is not None and record.shared
         except BaseException as error:
             try:
-                self._fail(execution, shard, h, leader, error)
+                self._fail(shard, h, seat, leader, error)
             except RecursionError:  # see Core.do
-                start_new_thread(self._fail, (execution, shard, h, leader, error))
+                start_new_thread(self._fail, (shard, h, seat, leader, error))
             except BaseException:  # interrupted: see Core.do
-                self._fail(execution, shard, h, leader, error)
+                self._fail(shard, h, seat, leader, error)
                 raise
             raise
         finally:
-            del execution
+            del seat, leader  # that may hold a future, and that the error
 
     # -- coroutines -------------------------------------------------------------------------------
 
@@ -258,32 +250,28 @@ class ShardedFlight(Core):
         """
         key = self._key(parts)
         h = hash(key)
-        shard = self._single or self._shard_of(key, h)
+        shard = self._shard_of(key, h)
         loop = asyncio.get_running_loop()
-        mine: Execution | None = None
-        execution: Execution | None = None
+        seat: Seat | None = None
+        record: Execution | None = None
         run: LoopRun | None = None
         waiter: asyncio.Future[bool] | None = None
         try:
-            if h in shard.table or shard.overflow:
+            if shard.get(h) is not None or shard.overflow:
                 waiter = loop.create_future()
-                execution = shard.follow(h, key, waiter)
-            if execution is None:
-                execution = mine = Execution()
-                mine.key = key
-                run = mine.leader = LoopRun(loop)
-                mine.waiters = None
-                if shard.table.setdefault(h, mine) is mine and not shard.overflow:
-                    next(shard.started)
-                else:
+                record = shard.follow(h, key, waiter)
+            if record is None:
+                run = LoopRun(loop)
+                seat = (key, run)
+                if not shard.claim(h, seat):
                     waiter = waiter or loop.create_future()
-                    execution = shard.join(h, mine, waiter)
-            if execution is not mine:
+                    record = shard.join(h, seat, waiter)
+            if record is not None:
                 assert waiter is not None
                 if id(loop) not in watched_loops:
                     watch_loop(loop, _loop_closed)
-                if current_run.get() is not None or execution.leader == get_ident():
-                    begin_wait(shard, (execution,), waiter)
+                if current_run.get() is not None or record.leader == get_ident():
+                    begin_wait(shard, (record,), waiter)
                     try:
                         promoted = await waiter
                     finally:
@@ -291,20 +279,22 @@ class ShardedFlight(Core):
                 else:
                     promoted = await waiter
                 if not promoted:
-                    if execution.end is _VALUE:  # as outcome() does, without the call
-                        return execution.value, execution.shared
-                    return execution.outcome()
+                    if record.end is _VALUE:  # as outcome() does, without the call
+                        return record.value, record.shared
+                    return record.outcome()
                 run = LoopRun(loop)
-                if not shard.adopt(execution, waiter, run):
+                seat = record.seat
+                if not shard.adopt(seat, waiter, run):
                     raise asyncio.CancelledError("the event loop was closed")
             assert run is not None
-            self._start(run, self._run(run, execution, shard, h, fn))
+            assert seat is not None
+            self._start(run, self._run(run, shard, h, seat, fn))
             if not run.done:
                 run.bell = loop.create_future()
                 if id(loop) not in watched_loops:
                     watch_loop(loop, _loop_closed)
                 if current_run.get() is not None:
-                    begin_wait(shard, (execution,), run.bell)
+                    begin_wait(shard, shard.running_as(h, seat), run.bell)
                     try:
                         await run.bell
                     finally:
@@ -315,13 +305,13 @@ class ShardedFlight(Core):
         except GeneratorExit:
             # The coroutine is closed, perhaps by the garbage collector, at any point of any
             # thread: that may be one that holds the lock that leaving needs.
-            self._on_a_thread(self._leave_async, shard, h, mine, execution, waiter, run)
+            self._on_a_thread(self._leave_async, shard, h, seat, record, waiter, run)
             raise
         except BaseException:
-            self._leave_async(shard, h, mine, execution, waiter, run)
+            self._leave_async(shard, h, seat, record, waiter, run)
             raise
         finally:
-            del execution, mine, run  # a traceback may hold this frame: see Failure
+            del record, seat, run  # a traceback may hold this frame: see Failure
 
     def _start(self, run: LoopRun, coroutine: Coroutine[Any, Any, None]) -> None:
         """Runs `coroutine`, a run's, in a task; its first step at once where possible."""
@@ -340,9 +330,9 @@ class ShardedFlight(Core):
     async def _run(
         self,
         run: LoopRun,
-        execution: Execution,
         shard: Shard,
         h: int,
+        seat: Seat,
         fn: Callable[[], Awaitable[Any]],
     ) -> None:
         """The task of an execution. Raises only what tells its loop that it was cancelled."""
@@ -351,50 +341,45 @@ class ShardedFlight(Core):
             awaitable: Any = fn()
             if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
                 run.error = not_awaitable(awaitable)
-                self._conclude(execution, shard, h, run, End.LOST)
+                self._conclude(shard, h, seat, run, End.LOST)
                 return
             value = await awaitable  # pyright: ignore[reportUnknownVariableType]
             run.value = value
-            if execution.waiters is None and shard.table.get(h) is execution:
-                del shard.table[h]
-            if execution.waiters is not None:
-                self._conclude(execution, shard, h, run, End.VALUE, value)
-                run.shared = execution.shared
+            if not shard.release(h, seat):
+                record = self._conclude(shard, h, seat, run, End.VALUE, value)
+                run.shared = record is not None and record.shared
         except BaseException as error:
             run.error = error
             if isinstance(error, GeneratorExit):  # see do_async
-                self._on_a_thread(self._fail, execution, shard, h, run, error)
+                self._on_a_thread(self._fail, shard, h, seat, run, error)
             elif isinstance(error, RecursionError):  # see Core.do
-                start_new_thread(self._fail, (execution, shard, h, run, error))
+                start_new_thread(self._fail, (shard, h, seat, run, error))
             else:
-                self._fail(execution, shard, h, run, error)
+                self._fail(shard, h, seat, run, error)
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
                 raise
         finally:
             run.finish()
-            del run, execution, shard
+            del run, seat
 
     def _leave_async(
         self,
         shard: Shard,
         h: int,
-        mine: Execution | None,
-        execution: Execution | None,
+        seat: Seat | None,
+        record: Execution | None,
         waiter: "asyncio.Future[bool] | None",
         run: LoopRun | None,
     ) -> None:
         """A coroutine goes, at whatever point it was. What is over already is not disturbed."""
         if waiter is not None:
-            self._withdraw(shard, h, waiter, execution)
-        if run is None or run.done:
+            self._withdraw(shard, h, waiter, record)
+        if run is None or run.done or seat is None:
             return
-        for begun in (mine, execution):
-            if begun is None:
-                continue
-            if run.task is None:
-                self._conclude(begun, shard, h, run, End.LOST)
-            else:
-                self._leave_leader(begun, shard, run)
+        if run.task is None:
+            self._conclude(shard, h, seat, run, End.LOST)
+        else:
+            self._leave_leader(shard, h, seat, run)
 
     # -- futures ----------------------------------------------------------------------------------
 
@@ -421,21 +406,20 @@ class ShardedFlight(Core):
         h = hash(key)
         shard = self._shard_of(key, h)
         future = FlightFuture(self, fn, shard, h)
-        execution = mine = Execution()
-        mine.key = key
-        mine.leader = future
-        mine.waiters = None
+        seat = (key, future)
+        record: Execution | None = None
         try:
-            if shard.table.setdefault(h, mine) is mine and not shard.overflow:
-                next(shard.started)
+            if not shard.claim(h, seat):
+                record = shard.join(h, seat, future)
+            if record is None:
+                future.seat = seat
+                future.submit()
             else:
-                execution = shard.join(h, mine, future)
-            future.joined = execution
-            if execution is mine:
-                future.submit(execution)
+                future.joined = record
         except BaseException:
-            self._withdraw(shard, h, future, execution)
-            self._conclude(mine, shard, h, future, End.LOST)
+            self._withdraw(shard, h, future, record)
+            self._conclude(shard, h, seat, future, End.LOST)
+            future.seat = None
             raise
         return future
 
@@ -448,11 +432,6 @@ class ShardedFlight(Core):
                     self._pool = ThreadPoolExecutor(thread_name_prefix=f"shardedflight-{name}")
                 executor = self._pool
         return executor.submit(work)
-
-    def _withdraw_future(self, future: FlightFuture, execution: Execution, shard: Shard) -> None:
-        """The caller of a future has cancelled it."""
-        if not self._leave(shard, execution, future):
-            self._leave_leader(execution, shard, future, future.thread)
 
     # -- many keys --------------------------------------------------------------------------------
 
@@ -494,35 +473,38 @@ class ShardedFlight(Core):
 
     def _conclude(
         self,
-        execution: Execution,
         shard: Shard,
         h: int,
+        seat: Seat,
         leader: Any,
         end: End,
         value: Any = None,
         traceback: TracebackType | None = None,
-    ) -> None:
+    ) -> Execution | None:
         while True:
-            heir = shard.settle(execution, h, leader, end, value, traceback)
+            record, heir = shard.settle(h, seat, leader, end, value, traceback)
+            if record is None:
+                return None
             if heir is None:
-                if execution.end is not None:
-                    wake_all(execution)
-                return
-            gone = partial(self._conclude, execution, shard, h, heir, End.LOST)
-            if offer(execution, heir, gone):
-                return
+                if record.leader is None:
+                    wake_all(record)
+                    shard.dismiss(seat)
+                return record
+            gone = partial(self._conclude, shard, h, seat, heir, End.LOST)
+            if offer(record, heir, gone):
+                return record
             leader, end = heir, End.LOST
 
-    def _leave(self, shard: Shard, execution: Execution, waiter: Any) -> bool:
-        left, unwanted = shard.leave(execution, waiter, self._cancels)
+    def _leave(self, shard: Shard, record: Execution, waiter: Any) -> bool:
+        left, unwanted = shard.leave(record, waiter, self._cancels)
         if unwanted is not None:
-            unwanted.abandon(execution)
+            unwanted.abandon(record)
         return left
 
-    def _leave_leader(self, execution: Execution, shard: Shard, *leaders: Any) -> None:
-        unwanted = shard.leave_leader(execution, leaders, self._cancels)
+    def _leave_leader(self, shard: Shard, h: int, seat: Seat, leader: Run) -> None:
+        unwanted = shard.leave_leader(h, seat, leader, self._cancels)
         if unwanted is not None:
-            unwanted.abandon(execution)
+            leader.abandon(unwanted)
 
     def _withdraw(self, shard: Shard, h: int, waiter: Any, joined: Execution | None) -> None:
         """A follower goes, even if it was to take over.
@@ -530,12 +512,13 @@ class ShardedFlight(Core):
         Usually it had joined `joined`. If it was interrupted while it joined, nobody has told it
         what: it is looked for.
         """
-        found = set(shard.holders(h))
-        if joined is not None:
-            found.add(joined)
-        for execution in found:
-            if not self._leave(shard, execution, waiter) and execution.leader is waiter:
-                self._conclude(execution, shard, h, waiter, End.LOST)
+        found = {shard.record(seat) for seat in shard.holders(h)}
+        found.add(joined)
+        for record in found:
+            if record is None or self._leave(shard, record, waiter):
+                continue
+            if record.leader is waiter:
+                self._conclude(shard, h, record.seat, waiter, End.LOST)
 
     # -- watching ---------------------------------------------------------------------------------
 
@@ -557,14 +540,14 @@ class ShardedFlight(Core):
 
     def in_flight(self) -> int:
         """How many executions run now, those that were forgotten among them."""
-        return sum(shard.running() for shard in self._shards)
+        return sum(self._running())
 
     def stats(self) -> Stats:
         """A snapshot of the totals and gauges."""
-        shards = self._shards
-        per_shard = tuple(shard.running() for shard in shards)
+        shards = self._made_shards()
+        per_shard = self._running()
         return Stats(
-            executions=sum(shard.count_started() for shard in shards),
+            executions=self._count_started(),
             shared=sum(shard.shared for shard in shards),
             errors=sum(shard.errors for shard in shards),
             promotions=sum(shard.promotions for shard in shards),
@@ -589,12 +572,11 @@ class ShardedFlight(Core):
 
     def _loop_closed(self) -> None:
         """An event loop was closed: what it led is lost."""
-        for shard in self._shards:
-            for h, execution in shard.executions():
-                leader = execution.leader
-                loop = loop_of(leader)
-                if loop is not None and loop.is_closed():
-                    self._conclude(execution, shard, h, leader, End.LOST)
+        for shard, h, seat in self.executions():
+            leader = shard.leader(seat)
+            loop = loop_of(leader)
+            if loop is not None and loop.is_closed():
+                self._conclude(shard, h, seat, leader, End.LOST)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         watch_loop(loop, _loop_closed)
@@ -604,9 +586,7 @@ class ShardedFlight(Core):
             start_new_thread(function, args)
 
     def _after_fork_in_child(self) -> None:
-        for shard in self._shards:
-            shard.orphan()
-        self._make_shards(len(self._shards))
+        self._orphan()
         self._pool = None
 
 
@@ -628,27 +608,15 @@ _pool_lock = SteadyLock()
 
 leading_code.add(ShardedFlight._lead.__code__)
 
-#: All flights, by id, for what concerns the whole process. A plain dict: it can be read in one step
-#: while others make and drop flights.
-_flights: "dict[int, weakref.ref[ShardedFlight]]" = {}
-
-
-def _all_flights() -> "Iterator[ShardedFlight]":
-    for reference in list(_flights.values()):
-        flight = reference()
-        if flight is not None:
-            yield flight
-
-
 def _loop_closed() -> None:
-    for flight in _all_flights():
+    for flight in all_flights():
         flight._loop_closed()
 
 
 def _after_fork_in_child() -> None:
     global _pool_lock
     _pool_lock = SteadyLock()
-    for flight in _all_flights():
+    for flight in all_flights():
         flight._after_fork_in_child()
 
 

@@ -7,9 +7,9 @@ flight, whichever way its outcome comes.
 
 from concurrent.futures import Future, InvalidStateError
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ._core import End, Execution, Run, Shard
+from ._core import End, Execution, Run, Seat, Shard
 from ._deadlock import begin_wait, end_wait
 from ._waiting import Waiter
 
@@ -33,9 +33,11 @@ class FlightFuture(Future[Any], Run, Waiter):
         self._work: Future[None] | None = None
         self._shard = shard
         self._hash = h
-        #: What it leads or has joined. Written by the thread that makes it.
+        #: Which execution it leads, until that has ended: seat and future hold each other.
+        self.seat: Seat | None = None
+        #: What it has joined. Written by the thread that makes it.
         self.joined: Execution | None = None
-        #: The executor's thread that runs `fn`.
+        #: The executor's thread that runs `fn`; written before the function is adopted.
         self.thread: int | None = None
         #: The value and whether it was shared, written before the future is done.
         self._outcome: tuple[Any, bool] | None = None
@@ -52,42 +54,60 @@ class FlightFuture(Future[Any], Run, Waiter):
 
     # As a leader's caller.
 
-    def submit(self, execution: Execution) -> None:
-        """Has `fn` run by the executor, to lead `execution`."""
-        job = _Job(self, execution)
+    def submit(self) -> None:
+        """Has `fn` run by the executor, to lead."""
+        job = _Job(self)
         self._work = work = self._flight._submit(job)
         work.add_done_callback(job.done)
 
-    def dropped(self, execution: Execution) -> None:
+    def dropped(self) -> None:
         """The executor will not run the function."""
         super().cancel()
         self._tell_waiters()
         # By whoever shuts the executor down, with its lock held: another thread has to hand over,
         # for that may mean to submit.
-        flight = self._flight
-        flight._on_a_thread(flight._conclude, execution, self._shard, self._hash, self, End.LOST)
+        self._flight._on_a_thread(self.lose)
 
-    def lead(self, execution: Execution) -> None:
+    def lead(self) -> None:
         """Runs the function on this thread of the executor."""
         flight, shard, h = self._flight, self._shard, self._hash
-        me = self.thread = get_ident()
+        seat = cast("Seat", self.seat)
+        # First: one that runs on a thread is not abandoned any more.
+        self.thread = get_ident()
         try:
-            if not shard.adopt(execution, self, me):  # abandoned
-                flight._conclude(execution, shard, h, self, End.LOST)
+            if not shard.adopt(seat, self, self):  # abandoned
+                self.lose()
                 return
             try:
-                outcome = flight._lead(execution, shard, h, me, self._fn)
+                outcome = flight._lead(shard, h, seat, self, self._fn)
             except BaseException as error:
                 self._end(None, error)
             else:
                 self._end(outcome, None)
         finally:
-            del self, execution  # the error's traceback holds this frame, and self the error
+            self.thread = None
+            self.seat = None
+            del self, seat  # the error's traceback holds this frame, and self the error
+
+    def stoppable(self) -> bool:
+        return self.thread is None
+
+    def abandoned(self) -> bool:
+        """Whether the execution that it was to lead has been given up."""
+        record = self._shard.record(self.seat) if self.seat is not None else None
+        return record is not None and record.end is not None
 
     def abandon(self, execution: Execution) -> None:
         work = self._work
         if work is not None and work.cancel():
-            self._flight._conclude(execution, self._shard, self._hash, self, End.LOST)
+            self.lose()
+
+    def lose(self) -> None:
+        """Ends or hands over what it leads."""
+        seat = self.seat
+        if seat is not None:
+            self._flight._conclude(self._shard, self._hash, seat, self, End.LOST)
+            self.seat = None
 
     # As a follower.
 
@@ -102,8 +122,9 @@ class FlightFuture(Future[Any], Run, Waiter):
             return False
         if self._work is not None:
             return True  # told twice
+        self.seat = execution.seat
         try:
-            self.submit(execution)
+            self.submit()
         except Exception as error:  # no thread for it: its own loss, as for a leader
             self._end(None, error)
             return False
@@ -116,8 +137,14 @@ class FlightFuture(Future[Any], Run, Waiter):
         if not super().cancel():
             return False
         self._tell_waiters()
+        # A follower leaves what it has joined; a leader, or one that has taken over, what it leads.
+        flight, shard, seat = self._flight, self._shard, self.seat
+        if self.joined is not None and flight._leave(shard, self.joined, self):
+            return True
         if self.joined is not None:
-            self._flight._withdraw_future(self, self.joined, self._shard)
+            seat = self.joined.seat
+        if seat is not None:
+            flight._leave_leader(shard, self._hash, seat, self)
         return True
 
     def _tell_waiters(self) -> None:
@@ -139,11 +166,17 @@ class FlightFuture(Future[Any], Run, Waiter):
             error = None
             del self  # as the base does: the error's traceback holds this frame
 
+    def _awaited(self) -> "tuple[Execution, ...]":
+        if self.joined is not None:
+            return (self.joined,)
+        seat = self.seat
+        return () if seat is None else self._shard.running_as(self._hash, seat)
+
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As `concurrent.futures.Future.exception`; also raises `DeadlockError`."""
-        if self._outcome is not None or self.joined is None:
+        if self.done():
             return super().exception(timeout)
-        begin_wait(self._shard, (self.joined,))
+        begin_wait(self._shard, self._awaited())
         try:
             return super().exception(timeout)
         finally:
@@ -159,21 +192,18 @@ class _Job:
 
     __slots__ = ("_content",)
 
-    def __init__(self, future: FlightFuture, execution: Execution) -> None:
-        self._content: tuple[FlightFuture, Execution] | None = (future, execution)
+    def __init__(self, future: FlightFuture) -> None:
+        self._content: FlightFuture | None = future
 
     def __call__(self) -> None:
-        assert self._content is not None
-        future, execution = self._content
-        self._content = None
+        future, self._content = self._content, None
+        assert future is not None
         try:
-            future.lead(execution)
+            future.lead()
         finally:
-            del future, execution
+            del future
 
     def done(self, work: "Future[None]") -> None:
-        if work.cancelled() and self._content is not None:
-            future, execution = self._content
-            self._content = None
-            if execution.waiters is None or execution.end is None:  # not abandoned
-                future.dropped(execution)
+        future, self._content = self._content, None
+        if future is not None and work.cancelled() and not future.abandoned():
+            future.dropped()

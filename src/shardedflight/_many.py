@@ -11,10 +11,10 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from threading import get_ident
-from types import CoroutineType
+from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from ._core import End, Execution, Shard, not_awaitable, refuse_coroutine
+from ._core import End, Execution, Seat, Shard, not_awaitable, refuse_coroutine, seat_here
 from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code
 from ._replica import Failure
 from ._waiting import (
@@ -34,26 +34,30 @@ __all__ = ["do_many", "do_many_async"]
 class _Item:
     """One key of a call."""
 
-    __slots__ = ("error", "execution", "found", "h", "led", "mine", "names", "shard")
+    __slots__ = ("error", "found", "h", "joined", "key", "led", "names", "seat", "shard")
 
     def __init__(self, key: Any, h: int, shard: Shard) -> None:
         #: What the caller calls it: more than one name if `build_key` makes one key of them.
         self.names: list[Any] = []
         self.h = h
         self.shard = shard
-        self.mine = Execution()
-        self.mine.key = key
-        self.mine.leader = None
-        self.mine.waiters = None
-        self.execution = self.mine
+        self.key = key
+        #: Which execution it is that this call leads, or was to lead.
+        self.seat: Seat | None = None
+        #: What it has joined.
+        self.joined: Execution | None = None
         self.led = False
         #: The outcome: a value and whether it was shared, or an error, or neither: it is missing.
         self.found: tuple[Any, bool] | None = None
         self.error: Exception | None = None
 
+    def running(self) -> tuple[Execution, ...]:
+        """The record of the execution that the call leads for this key, as long as it runs."""
+        return self.shard.running_as(self.h, cast("Seat", self.seat))
+
     def take_outcome(self) -> None:
         """Reads the outcome of the joined execution."""
-        execution = self.execution
+        execution = cast("Execution", self.joined)
         if execution.end is End.VALUE:
             self.found = (execution.value, execution.shared)
         elif execution.end is not End.MISSING:
@@ -80,17 +84,17 @@ class _Batch:
                 self.items.append(item)
             item.names.append(name)
 
-    def join(self, leader: Any, waiter: Waiter) -> list[_Item]:
+    def join(self, seat_of: Callable[[Any], Seat], waiter: Waiter) -> list[_Item]:
         """Joins or links all keys; returns those that the call leads."""
         led: list[_Item] = []
         for item in self.items:
-            item.mine.leader = leader
-            item.execution = item.shard.join(item.h, item.mine, waiter)
-            item.led = item.execution is item.mine
-            if item.led:
+            item.seat = seat_of(item.key)
+            item.joined = item.shard.join(item.h, item.seat, waiter)
+            item.led = item.joined is None
+            if item.joined is None:
                 led.append(item)
             else:
-                self.joined[item.execution] = item
+                self.joined[item.joined] = item
         return led
 
     def hear(self, news: list[tuple[Execution, bool]]) -> list[_Item]:
@@ -103,6 +107,7 @@ class _Batch:
                 continue  # told twice
             item.led = leads
             if leads:
+                item.seat = execution.seat
                 promoted.append(item)
             else:
                 item.take_outcome()
@@ -111,7 +116,7 @@ class _Batch:
     def check_wait(self, led: list[_Item], blocking: bool) -> None:
         """Raises DeadlockError if waiting for what was joined would never end."""
         if self.joined:
-            first = [item.execution for item in led]
+            first = [e for item in led for e in item.running()]
             check_wait(self.items[0].shard, tuple(self.joined), first, blocking)
 
     def end(self, items: list[_Item], leader: Any, found: object) -> None:
@@ -120,10 +125,10 @@ class _Batch:
         for item in items:
             name = item.names[0]
             if name in answers:
-                self._conclude(item, leader, End.VALUE, answers[name])
-                item.found = (answers[name], item.execution.shared)
+                record = self._conclude(item, leader, End.VALUE, answers[name])
+                item.found = (answers[name], record is not None and record.shared)
             else:
-                self._conclude(item, leader, End.MISSING, None)
+                self._conclude(item, leader, End.MISSING)
 
     def fail(self, items: list[_Item], leader: Any, error: BaseException) -> None:
         """The function has failed: so do all of `items`, or all are handed over."""
@@ -134,25 +139,33 @@ class _Batch:
         if traceback is not None:
             traceback = traceback.tb_next
         for item in items:
-            self.flight._conclude(
-                item.execution, item.shard, item.h, leader, End.ERROR, error, traceback
-            )
+            self._conclude(item, leader, End.ERROR, error, traceback)
             item.error = error
         self.own_error = error
 
     def lose(self, items: Iterable[_Item], leader: Any) -> None:
         """Hands over whatever `leader` still leads."""
         for item in items:
-            if item.execution is item.mine or item.led:
-                self._conclude(item, leader, End.LOST, None)
+            self._conclude(item, leader, End.LOST)
 
-    def _conclude(self, item: _Item, leader: Any, end: End, value: Any) -> None:
-        self.flight._conclude(item.execution, item.shard, item.h, leader, end, value)
+    def _conclude(
+        self,
+        item: _Item,
+        leader: Any,
+        end: End,
+        value: Any = None,
+        traceback: TracebackType | None = None,
+    ) -> Execution | None:
+        if item.seat is None:  # interrupted before
+            return None
+        return self.flight._conclude(
+            item.shard, item.h, item.seat, leader, end, value, traceback
+        )
 
     def leave(self, waiter: Waiter) -> None:
         """The caller goes: leaves what it has joined, hands over what it was to lead."""
         for item in self.items:
-            self.flight._withdraw(item.shard, item.h, waiter, item.execution)
+            self.flight._withdraw(item.shard, item.h, waiter, item.joined)
 
     def answer(self) -> dict[Any, tuple[Any, bool]]:
         """The call's answer, once nothing is outstanding."""
@@ -199,7 +212,7 @@ def do_many(
     sleeper = Sleeper()
     me = get_ident()
     try:
-        led = batch.join(me, sleeper)
+        led = batch.join(seat_here, sleeper)
         batch.check_wait(led, blocking=True)
         if led:
             _lead(batch, led, me, fn)
@@ -211,7 +224,7 @@ def do_many(
                 end_wait()
             promoted = batch.hear(sleeper.news)
             for item in promoted:
-                item.shard.adopt(item.execution, sleeper, me)
+                item.shard.adopt(item.seat, sleeper, me)
             if promoted:
                 _lead(batch, promoted, me, fn)
         return batch.answer()
@@ -242,7 +255,7 @@ def _lead(
             refuse_coroutine(found)
         batch.end(items, leader, found)
     except Exception as error:
-        if all(item.execution.leader != leader for item in items):
+        if not any(item.running() for item in items):
             raise  # not the function's: it was refused
         batch.fail(items, leader, error)
 
@@ -263,7 +276,7 @@ async def do_many_async(
     runs: dict[LoopRun, list[_Item]] = {}
     run = LoopRun(loop)
     try:
-        led = batch.join(run, inbox)
+        led = batch.join(lambda key: (key, run), inbox)
         if current_run.get() is not None:
             batch.check_wait(led, blocking=False)
         if led:
@@ -272,7 +285,7 @@ async def do_many_async(
         while batch.joined or runs:
             bell = inbox.bell()
             if current_run.get() is not None:
-                running = [item.execution for items in runs.values() for item in items]
+                running = [e for items in runs.values() for item in items for e in item.running()]
                 begin_wait(batch.items[0].shard, (*batch.joined, *running), bell)
                 try:
                     await bell
@@ -287,7 +300,7 @@ async def do_many_async(
             if promoted:
                 run = LoopRun(loop)
                 for item in promoted:
-                    item.shard.adopt(item.execution, inbox, run)
+                    item.shard.adopt(item.seat, inbox, run)
                 runs[run] = promoted
                 flight._start(run, _run(batch, run, inbox, promoted, fn))
         return batch.answer()
@@ -310,7 +323,7 @@ async def _run(
     fn: Callable[[list[Any]], Awaitable[Mapping[Any, Any]]],
 ) -> None:
     """The task of a run for many keys. What `fn` raises is kept in the batch."""
-    run.pending = {item.execution for item in items}
+    run.pending = {id(item.seat) for item in items}
     try:
         await begin_run(run)
         awaitable = fn([item.names[0] for item in items])
@@ -338,7 +351,7 @@ def _leave(batch: _Batch, inbox: Inbox, begun: LoopRun, runs: dict[LoopRun, list
     """The caller goes. Its runs go on for those keys that somebody else still wants."""
     for run, items in runs.items():
         for item in () if run.done else items:
-            batch.flight._leave_leader(item.execution, item.shard, run)
+            batch.flight._leave_leader(item.shard, item.h, cast("Seat", item.seat), run)
     batch.leave(inbox)
     if begun not in runs:  # or has been seen to end: then there is nothing left to lose
         batch.lose(batch.items, begun)

@@ -229,8 +229,8 @@ class LoopRun(Run):
         self.value: Any = None
         self.shared = False
         self.error: BaseException | None = None
-        #: Of a run for many keys: the executions that somebody still wants.
-        self.pending: set[Execution] | None = None
+        #: Of a run for many keys: the executions that somebody still wants, by the ids of their seats.
+        self.pending: set[int] | None = None
         #: What the tasks in its context wait for, by the futures that they await: see `_deadlock`.
         self.waits: dict[asyncio.Future[Any], tuple[Any, Sequence[Execution]]] | None = None
 
@@ -260,9 +260,12 @@ class LoopRun(Run):
         finally:
             del error
 
+    def stoppable(self) -> bool:
+        return True
+
     def abandon(self, execution: Execution) -> None:
         if self.pending is not None:
-            self.pending.discard(execution)
+            self.pending.discard(id(execution.seat))
             if self.pending:
                 return
         _call_in(self.loop, self._cancel)

@@ -1,0 +1,502 @@
+# The types of _core.py, for Cython, and what its tables are when it is compiled.
+#
+# A shard's table is a *line*: memory of its own, on as few cache lines as will do, since what two
+# cores take from each other per call is what bounds them on a free-threaded Python. It has slots,
+# one for each leader, and a dict for those for whom there is none. A leader that nobody meets
+# writes a slot and clears it, and makes no object at all: the seat, a tuple as in the plain form,
+# but with a third item (which of its thread's leads it is), is made by the first who asks.
+#
+# With the GIL the GIL is the line's lock: between `lock` and `unlock` no Python code runs and
+# nothing is allocated that the garbage collector knows. Without it, a PyMutex is.
+
+from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_DelItem
+from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+cdef extern from *:
+    """
+    #ifdef Py_GIL_DISABLED
+    typedef PyMutex shardedflight_mutex;
+    #define shardedflight_lock(mutex) PyMutex_Lock(mutex)
+    #define shardedflight_unlock(mutex) PyMutex_Unlock(mutex)
+    #else
+    typedef char shardedflight_mutex;
+    #define shardedflight_lock(mutex) ((void)(mutex))
+    #define shardedflight_unlock(mutex) ((void)(mutex))
+    #endif
+    #if defined(Py_GIL_DISABLED) && PY_VERSION_HEX >= 0x030E0000
+    #define shardedflight_defer(object) PyUnstable_Object_EnableDeferredRefcount(object)
+    #else
+    #define shardedflight_defer(object) ((void)(object))
+    #endif
+    #if defined(_MSC_VER)
+    static __declspec(thread) long long shardedflight_serial = 0;
+    #else
+    static __thread long long shardedflight_serial = 0;
+    #endif
+    """
+    # Counts the leads of each thread: those that a thread has at one time are nested in this order.
+    int64_t serial "shardedflight_serial"
+    ctypedef struct mutex_t "shardedflight_mutex":
+        pass
+    void lock "shardedflight_lock" (mutex_t*) noexcept nogil
+    void unlock "shardedflight_unlock" (mutex_t*) noexcept nogil
+    void defer "shardedflight_defer" (object)
+
+cdef extern from "pythread.h":
+    unsigned long get_ident "PyThread_get_thread_ident" () noexcept nogil
+
+cdef enum:
+    COMPILED = 1
+    # What line_claim returns if it is no slot: the leader is in the dict, the place is taken, there
+    # is no slot left, or it leads only if nobody in Shard.overflow does: from slot LOOK - n (for
+    # LOOK and less) or from the dict.
+    IN_MORE = 1 << 20
+    TAKEN = -1
+    FULL = -2
+    LOOK_IN_MORE = -3
+    LOOK = -4
+    CACHE_LINE = 64
+
+ctypedef struct slot_t:
+    Py_hash_t h
+    PyObject* key          # borrowed: from the leader's frame, or from `seat`. NULL: it is free
+    unsigned long thread
+    int64_t serial         # of the lead, among those of its thread
+    PyObject* seat         # owned; NULL until somebody asks for it
+
+ctypedef struct line_t:
+    mutex_t mutex
+    char met               # whether Shard.met has anything, and
+    char beside            # Shard.overflow
+    uint8_t slots
+    uint8_t top            # beyond are free slots only
+    uint32_t extra         # how many seats are in
+    int64_t started
+    PyObject* more         # a dict of hash to seat; owned, NULL until there is one too many
+    slot_t slot[1]         # as many as `slots`
+
+ctypedef struct lines_t:
+    size_t count
+    size_t stride
+    char* first
+    void* allocated
+
+
+# -- memory -------------------------------------------------------------------------------------------
+
+
+cdef inline size_t slots_of(size_t count):
+    """One slot fits into a line of 64 bytes; where there are few lines, they have more."""
+    return 16 // count if count < 16 else 1
+
+
+cdef inline size_t stride_of(size_t slots):
+    cdef size_t size = sizeof(line_t) + (slots - 1) * sizeof(slot_t)
+    return (size + CACHE_LINE - 1) & ~<size_t>(CACHE_LINE - 1)
+
+
+cdef inline object make_lines(size_t count):
+    """Returns a capsule with as many lines."""
+    cdef size_t slots = slots_of(count)
+    cdef size_t stride = stride_of(slots)
+    cdef lines_t* lines = <lines_t*>calloc(1, sizeof(lines_t))
+    if lines == NULL:
+        raise MemoryError
+    lines.allocated = calloc(1, count * stride + CACHE_LINE)
+    if lines.allocated == NULL:
+        free(lines)
+        raise MemoryError
+    lines.count = count
+    lines.stride = stride
+    lines.first = <char*>((<uintptr_t>lines.allocated + CACHE_LINE - 1) & ~<uintptr_t>(CACHE_LINE - 1))
+    cdef size_t i
+    for i in range(count):
+        (<line_t*>(lines.first + i * stride)).slots = <uint8_t>slots
+    return PyCapsule_New(lines, NULL, drop_lines)
+
+
+cdef inline lines_t* lines_of(object memory):
+    return <lines_t*>PyCapsule_GetPointer(memory, NULL)
+
+
+cdef inline line_t* line_at(object memory, size_t index):
+    cdef lines_t* lines = lines_of(memory)
+    return <line_t*>(lines.first + index * lines.stride)
+
+
+cdef inline void drop_lines(object memory) noexcept:
+    cdef lines_t* lines = <lines_t*>PyCapsule_GetPointer(memory, NULL)
+    cdef line_t* line
+    cdef size_t i, s
+    for i in range(lines.count):
+        line = <line_t*>(lines.first + i * lines.stride)
+        for s in range(line.slots):
+            if line.slot[s].seat != NULL:
+                Py_DECREF(<object>line.slot[s].seat)
+        if line.more != NULL:
+            Py_DECREF(<object>line.more)
+    free(lines.allocated)
+    free(lines)
+
+
+cdef inline void lines_orphan(object memory):
+    """In a forked child: nobody holds a lock any more."""
+    cdef lines_t* lines = lines_of(memory)
+    cdef mutex_t* mutex
+    cdef size_t i, b
+    for i in range(lines.count):
+        mutex = &(<line_t*>(lines.first + i * lines.stride)).mutex
+        for b in range(sizeof(mutex_t)):
+            (<char*>mutex)[b] = 0
+
+
+# -- the leader's path ------------------------------------------------------------------------------
+
+
+cdef inline int64_t next_serial() noexcept nogil:
+    global serial
+    serial += 1
+    return serial
+
+
+cdef inline uint64_t mixed(Py_hash_t h, int shift) noexcept nogil:
+    return (<uint64_t>h * <uint64_t>0x9E3779B97F4A7C15ULL) >> 1 >> shift
+
+
+cdef inline line_t* line_of(Core core, object key, Py_hash_t h) except NULL:
+    if core._mask == 0 and core._hash is None:
+        return core._lines
+    cdef size_t index
+    if core._hash is None:
+        index = mixed(h, core._shift)
+    else:
+        index = core._index(key, h)
+    return <line_t*>(<char*>core._lines + index * core._stride)
+
+
+cdef inline int find(line_t* line, Py_hash_t h) noexcept nogil:
+    """The slot with this hash, or -1. Under the lock."""
+    cdef int i
+    for i in range(line.top):
+        if line.slot[i].h == h and line.slot[i].key != NULL:
+            return i
+    return -1
+
+
+cdef inline void clear(line_t* line, int i) noexcept nogil:
+    """Under the lock. What the slot owned is its caller's now."""
+    line.slot[i].key = NULL
+    line.slot[i].seat = NULL
+    while line.top > 0 and line.slot[line.top - 1].key == NULL:
+        line.top -= 1
+
+
+cdef inline int vacant(line_t* line) noexcept nogil:
+    """A free slot, or -1. Under the lock."""
+    cdef int i
+    for i in range(line.top):
+        if line.slot[i].key == NULL:
+            return i
+    if line.top == line.slots:
+        return -1
+    line.top += 1
+    return line.top - 1
+
+
+cdef inline PyObject* in_more(line_t* line, object number) noexcept:
+    """The seat in the dict with this hash, borrowed, or NULL. Under the lock."""
+    return PyDict_GetItem(<object>line.more, number) if line.extra else NULL
+
+
+cdef inline int line_claim(line_t* line, Py_hash_t h, object key):
+    """Takes a slot for a leader on this thread, and counts its execution."""
+    cdef int i
+    cdef slot_t* slot
+    cdef object number = None
+    if line.extra:
+        number = h
+    lock(&line.mutex)
+    while line.extra and number is None:
+        unlock(&line.mutex)
+        number = h
+        lock(&line.mutex)
+    if find(line, h) >= 0 or in_more(line, number) != NULL:
+        unlock(&line.mutex)
+        return TAKEN
+    i = vacant(line)
+    if i < 0:
+        unlock(&line.mutex)
+        return FULL
+    slot = &line.slot[i]
+    slot.h = h
+    slot.key = <PyObject*>key
+    slot.thread = get_ident()
+    slot.serial = next_serial()
+    if line.beside:
+        i = LOOK - i
+    else:
+        line.started += 1
+    unlock(&line.mutex)
+    return i
+
+
+cdef inline int line_claim_more(line_t* line, Py_hash_t h, object seat) except? -9:
+    """The same for a leader that has found no slot."""
+    if line_link(line, h, seat) is not seat:
+        return TAKEN
+    if line.beside:
+        return LOOK_IN_MORE
+    line_count(line)
+    return IN_MORE
+
+
+cdef inline object line_seat(line_t* line, int slot, object key):
+    """The seat of the leader on this thread that has this slot, or a new one if it has none."""
+    cdef object seat
+    cdef slot_t* mine
+    if slot <= LOOK:
+        slot = LOOK - slot
+    if slot < 0 or slot >= IN_MORE:
+        return (key, get_ident(), next_serial())
+    mine = &line.slot[slot]
+    seat = (key, get_ident(), mine.serial)
+    lock(&line.mutex)
+    if mine.seat == NULL:
+        Py_INCREF(seat)
+        mine.seat = <PyObject*>seat
+    else:
+        seat = <object>mine.seat
+    unlock(&line.mutex)
+    return seat
+
+
+cdef inline object line_release(line_t* line, int i, Py_hash_t h, object seat):
+    """Gives the slot back. Returns None, or the seat if it may have been met."""
+    cdef PyObject* asked_for
+    cdef bint met
+    if i == IN_MORE:
+        line_unlink(line, h, seat)
+        return seat if line.met else None
+    lock(&line.mutex)
+    asked_for = line.slot[i].seat
+    met = line.met
+    clear(line, i)
+    unlock(&line.mutex)
+    if asked_for == NULL:
+        return None
+    seat = <object>asked_for
+    Py_DECREF(seat)
+    return seat if met else None
+
+
+# -- the table, as Shard has it ---------------------------------------------------------------------
+
+
+cdef inline object line_get(line_t* line, Py_hash_t h):
+    """The seat that holds this place, or None."""
+    cdef object number = h
+    cdef object seat = None
+    cdef object key
+    cdef unsigned long thread
+    cdef int64_t number_of_lead
+    cdef slot_t* slot
+    cdef PyObject* extra
+    cdef int i
+    while True:
+        lock(&line.mutex)
+        i = find(line, h)
+        if i < 0:
+            extra = in_more(line, number)
+            found = None if extra == NULL else <object>extra
+            unlock(&line.mutex)
+            return found
+        slot = &line.slot[i]
+        # A seat that was made in the last round, for the leader that has the slot still (or for a
+        # later one that is alike in all).
+        if (
+            slot.seat == NULL and seat is not None
+            and slot.key == <PyObject*>key and slot.thread == thread and slot.serial == number_of_lead
+        ):
+            Py_INCREF(seat)
+            slot.seat = <PyObject*>seat
+        if slot.seat != NULL:
+            found = <object>slot.seat
+            unlock(&line.mutex)
+            return found
+        key = <object>slot.key
+        thread = slot.thread
+        number_of_lead = slot.serial
+        unlock(&line.mutex)
+        seat = (key, thread, number_of_lead)
+
+
+cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
+    """Links the seat if the place is free. Returns the seat that holds it then."""
+    cdef object number = h
+    cdef object holder
+    cdef int i
+    while True:
+        holder = line_get(line, h)
+        if holder is not None:
+            return holder
+        if line.more == NULL:
+            line_add_dict(line)
+        lock(&line.mutex)
+        if find(line, h) >= 0 or in_more(line, number) != NULL:
+            unlock(&line.mutex)
+            continue
+        i = vacant(line)
+        if i >= 0:
+            line.slot[i].h = h
+            line.slot[i].key = <PyObject*>(<tuple>seat)[0]
+            line.slot[i].thread = 0
+            line.slot[i].serial = 0
+            Py_INCREF(seat)
+            line.slot[i].seat = <PyObject*>seat
+            unlock(&line.mutex)
+            return seat
+        try:
+            PyDict_SetItem(<object>line.more, number, seat)
+            line.extra += 1
+        finally:
+            unlock(&line.mutex)
+        return seat
+
+
+cdef inline int line_add_dict(line_t* line) except -1:
+    cdef object new = {}
+    lock(&line.mutex)
+    if line.more == NULL:
+        Py_INCREF(new)
+        line.more = <PyObject*>new
+    unlock(&line.mutex)
+    return 0
+
+
+cdef inline bint line_unlink(line_t* line, Py_hash_t h, object seat) except -1:
+    """Unlinks the seat; False if it does not hold the place."""
+    cdef object number = h
+    cdef int i
+    lock(&line.mutex)
+    i = find(line, h)
+    if i >= 0:
+        if line.slot[i].seat != <PyObject*>seat:
+            unlock(&line.mutex)
+            return False
+        clear(line, i)
+        unlock(&line.mutex)
+        Py_DECREF(seat)
+        return True
+    if in_more(line, number) != <PyObject*>seat:
+        unlock(&line.mutex)
+        return False
+    try:
+        PyDict_DelItem(<object>line.more, number)
+        line.extra -= 1
+    finally:
+        unlock(&line.mutex)
+    return True
+
+
+cdef inline list line_seats(line_t* line):
+    """All seats, with the hashes of their keys."""
+    cdef list hashes = []
+    cdef object seat
+    cdef Py_hash_t h
+    cdef int i
+    cdef Py_hash_t[256] taken
+    cdef int count = 0
+    lock(&line.mutex)
+    for i in range(line.top):
+        if line.slot[i].key != NULL:
+            taken[count] = line.slot[i].h
+            count += 1
+    unlock(&line.mutex)
+    for i in range(count):
+        seat = line_get(line, taken[i])
+        if seat is not None:
+            hashes.append((taken[i], seat))
+    if line.more != NULL:
+        hashes.extend((<dict>line.more).copy().items())
+    return hashes
+
+
+cdef inline void line_count(line_t* line) noexcept nogil:
+    lock(&line.mutex)
+    line.started += 1
+    unlock(&line.mutex)
+
+
+cdef inline void line_mark(line_t* line, bint met, bint beside) noexcept nogil:
+    lock(&line.mutex)
+    line.met = met
+    line.beside = beside
+    unlock(&line.mutex)
+
+
+# -- all lines --------------------------------------------------------------------------------------
+
+
+cdef inline int64_t lines_started(object memory):
+    cdef lines_t* lines = lines_of(memory)
+    cdef line_t* line
+    cdef int64_t started = 0
+    cdef size_t i
+    for i in range(lines.count):
+        line = <line_t*>(lines.first + i * lines.stride)
+        lock(&line.mutex)
+        started += line.started
+        unlock(&line.mutex)
+    return started
+
+
+cdef inline list lines_running(object memory):
+    """How many seats each line has."""
+    cdef lines_t* lines = lines_of(memory)
+    cdef line_t* line
+    cdef list running = []
+    cdef size_t i
+    cdef int s
+    cdef uint32_t found
+    for i in range(lines.count):
+        line = <line_t*>(lines.first + i * lines.stride)
+        lock(&line.mutex)
+        found = line.extra
+        for s in range(line.top):
+            if line.slot[s].key != NULL:
+                found += 1
+        unlock(&line.mutex)
+        running.append(found)
+    return running
+
+
+# -- the types of _core.py --------------------------------------------------------------------------
+
+cdef object NO_PART, SEVERAL, CoroutineType
+
+cdef class Execution:
+    cdef public object seat, leader, waiters, predecessor, end, value, failure
+    cdef public bint joinable, attended, inherited, shared
+    cdef public int64_t serial
+
+cdef class Shard:
+    cdef object _memory
+    cdef line_t* _line
+    cdef public object lock, met, overflow
+    cdef public int64_t overflow_changes, shared, errors, promotions, timeouts
+    cdef public int64_t abandoned, forgotten, deadlocks
+    cdef public object table, started, _started_reads
+
+cdef class Core:
+    cdef object _memory, _old_memory
+    cdef line_t* _lines
+    cdef size_t _stride
+    cdef object _build_key, _hash
+    cdef size_t _mask
+    cdef int _shift
+    cdef public object _shards, _single
+    cpdef object _index(self, object key, Py_hash_t h)

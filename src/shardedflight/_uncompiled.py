@@ -1,0 +1,3 @@
+"""What `_core.py` asks of Cython when it is not compiled: no, it is not."""
+
+compiled = False
