@@ -155,6 +155,9 @@ def test_a_follower_leaves_while_the_leader_ends(ends: str) -> None:
     each_step(scenario)
 
 
+@pytest.mark.skipif(
+    shardedflight._core.compiled, reason="the compiled core lets nobody in between"
+)
 def test_a_newcomer_comes_while_the_leader_ends() -> None:
     """2: it joins and is served, or it leads: never both, never neither."""
 

@@ -39,7 +39,7 @@ cdef extern from *:
     #endif
     """
     # Counts the leads of each thread: those that a thread has at one time are nested in this order.
-    int64_t serial "shardedflight_serial"
+    int64_t last_serial "shardedflight_serial"
     ctypedef struct mutex_t "shardedflight_mutex":
         pass
     void lock "shardedflight_lock" (mutex_t*) noexcept nogil
@@ -158,9 +158,9 @@ cdef inline void lines_orphan(object memory):
 
 
 cdef inline int64_t next_serial() noexcept nogil:
-    global serial
-    serial += 1
-    return serial
+    global last_serial
+    last_serial += 1
+    return last_serial
 
 
 cdef inline uint64_t mixed(Py_hash_t h, int shift) noexcept nogil:

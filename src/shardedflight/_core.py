@@ -48,12 +48,13 @@ import enum
 import itertools
 import sys
 import weakref
-from _thread import RLock, start_new_thread
+from _thread import start_new_thread
 from collections.abc import Callable, Hashable, Iterator
 from inspect import CO_COROUTINE
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
+from ._lock import SteadyLock
 from ._replica import Failure, traceback_of
 
 try:
@@ -67,7 +68,10 @@ if not cython.compiled:
 
     COMPILED = False
 
-__all__ = ["COMPILED", "Core", "End", "Execution", "Run", "Shard", "check_timeout", "public_key"]
+#: The same for other modules; COMPILED is a constant of C's.
+compiled: bool = cython.compiled
+
+__all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout", "compiled", "public_key"]
 
 T = TypeVar("T")
 
@@ -179,24 +183,6 @@ class Execution:
         if self.end is End.MISSING:
             return KeyError(self.key)
         return cast("Failure", self.failure).replica()
-
-
-# typeshed has RLock final; CPython has not.
-class SteadyLock(RLock):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
-    """A lock that a signal handler's exception can not leave taken.
-
-    CPython 3.14 runs signal handlers between the taking of a lock and the first line of the `with`
-    block, and what they raise there would leave it taken for good. An RLock, so that a handler (or
-    a destructor) that calls the flight itself does not wait for the thread it has interrupted.
-    """
-
-    def __enter__(self) -> bool:  # type: ignore[override]
-        try:
-            return self.acquire()
-        except BaseException:
-            if cast("Any", self)._is_owned():  # as threading.Condition asks
-                self.release()
-            raise
 
 
 class Shard:
@@ -673,11 +659,11 @@ def key_of(parts: tuple[Any, ...]) -> Any:
     return (SEVERAL, parts[0], parts[1:]) if parts else NO_PART
 
 
-def seat_here(key: Any) -> Seat:
-    """A seat for a function that this thread runs."""
+def leader_here() -> tuple[Any, ...]:
+    """What follows the key in the seats of a function that this thread runs."""
     if COMPILED:
-        return (key, get_ident(), next_serial())
-    return (key, get_ident())
+        return get_ident(), next_serial()
+    return (get_ident(),)
 
 
 _making = SteadyLock()

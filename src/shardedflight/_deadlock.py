@@ -24,17 +24,17 @@ from threading import get_ident
 from typing import Any
 
 from ._core import (
-    COMPILED,
     Core,
     Execution,
     Run,
     Seat,
     Shard,
-    SteadyLock,
     all_flights,
+    compiled,
     gil_enabled,
     public_key,
 )
+from ._lock import SteadyLock
 from ._waiting import LoopRun
 from .exceptions import DeadlockError
 
@@ -45,7 +45,7 @@ current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run"
 
 #: The functions of ours below which a leader's function runs on its caller's stack. Each has the
 #: local variables `seat`, `shard` and `h`, or `items` that have them. What is compiled has no frame.
-leading_code: set[types.CodeType] = set() if COMPILED else {Core.do.__code__}
+leading_code: set[types.CodeType] = set() if compiled else {Core.do.__code__}
 
 #: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it.
 _lock = SteadyLock()
@@ -143,7 +143,7 @@ def _find_cycle(
     path = _path_back(executions, task, first)
     # Nobody begins to wait meanwhile, but somebody may cease to: a real cycle is still there.
     if path and path == _path_back(executions, task, first):
-        return _error(path, task)
+        return _error(path, task, [execution.seat for execution in first])
     return None
 
 
@@ -309,7 +309,9 @@ def _awaited_in_coroutine(coroutine: Any) -> "Iterator[asyncio.Future[Any]]":
 # -- naming the cycle -----------------------------------------------------------------------------
 
 
-def _error(path: list[Execution], task: "asyncio.Task[Any] | None") -> DeadlockError:
+def _error(
+    path: list[Execution], task: "asyncio.Task[Any] | None", first: Sequence[Seat]
+) -> DeadlockError:
     if task is None and isinstance(path[-1].leader, LoopRun):
         keys = tuple(execution.key for execution in path)
         names = " -> ".join(map(repr, keys))
@@ -318,7 +320,9 @@ def _error(path: list[Execution], task: "asyncio.Task[Any] | None") -> DeadlockE
         )
     in_order: list[Seat] = []
     for execution in (path[-1], *path[:-1]):
-        in_order += [execution.seat, *_led_inside(execution)]
+        inside = _led_inside(execution)
+        # What is led, but will have ended before the wait, has no part in it.
+        in_order += [execution.seat, *(s for s in inside if not any(s is f for f in first))]
     in_order.append(path[-1].seat)
     keys = tuple(public_key(seat[0]) for seat in in_order)
     return DeadlockError("these wait for each other: " + " -> ".join(map(repr, keys)), keys)
@@ -341,7 +345,7 @@ def _led_inside(execution: Execution) -> list[Seat]:
 
 def _led_by(thread: int) -> list[Seat]:
     """What a thread leads, outermost first; of several led by one function, one."""
-    if COMPILED:
+    if compiled:
         by_serial: dict[int, Seat] = {}
         for flight in all_flights():
             for shard, _, seat in flight.executions():

@@ -23,7 +23,6 @@ from ._core import (
     Run,
     Seat,
     Shard,
-    SteadyLock,
     all_flights,
     gil_enabled,
     not_awaitable,
@@ -33,6 +32,7 @@ from ._core import (
 )
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code
 from ._future import FlightFuture
+from ._lock import SteadyLock
 from ._waiting import (
     LoopRun,
     Sleeper,

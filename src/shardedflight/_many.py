@@ -14,7 +14,7 @@ from threading import get_ident
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from ._core import End, Execution, Seat, Shard, not_awaitable, refuse_coroutine, seat_here
+from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refuse_coroutine
 from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code
 from ._replica import Failure
 from ._waiting import (
@@ -84,11 +84,16 @@ class _Batch:
                 self.items.append(item)
             item.names.append(name)
 
-    def join(self, seat_of: Callable[[Any], Seat], waiter: Waiter) -> list[_Item]:
-        """Joins or links all keys; returns those that the call leads."""
+    def join(self, leader: tuple[Any, ...], waiter: Waiter) -> list[_Item]:
+        """Joins or links all keys; returns those that the call leads.
+
+        Args:
+            leader: What follows the key in a seat.
+            waiter: What the call sleeps on.
+        """
         led: list[_Item] = []
         for item in self.items:
-            item.seat = seat_of(item.key)
+            item.seat = (item.key, *leader)
             item.joined = item.shard.join(item.h, item.seat, waiter)
             item.led = item.joined is None
             if item.joined is None:
@@ -212,7 +217,7 @@ def do_many(
     sleeper = Sleeper()
     me = get_ident()
     try:
-        led = batch.join(seat_here, sleeper)
+        led = batch.join(leader_here(), sleeper)
         batch.check_wait(led, blocking=True)
         if led:
             _lead(batch, led, me, fn)
@@ -276,7 +281,7 @@ async def do_many_async(
     runs: dict[LoopRun, list[_Item]] = {}
     run = LoopRun(loop)
     try:
-        led = batch.join(lambda key: (key, run), inbox)
+        led = batch.join((run,), inbox)
         if current_run.get() is not None:
             batch.check_wait(led, blocking=False)
         if led:
