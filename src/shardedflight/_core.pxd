@@ -11,6 +11,10 @@
 
 from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_DelItem
 from cpython.object cimport PyObject
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_SIZE(object) noexcept
+
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
@@ -32,14 +36,17 @@ cdef extern from *:
     #else
     #define shardedflight_defer(object) ((void)(object))
     #endif
+    typedef struct { unsigned long ident; long long leads; } shardedflight_thread;
     #if defined(_MSC_VER)
-    static __declspec(thread) long long shardedflight_serial = 0;
+    static __declspec(thread) shardedflight_thread shardedflight_this_thread = {0, 0};
     #else
-    static __thread long long shardedflight_serial = 0;
+    static __thread shardedflight_thread shardedflight_this_thread = {0, 0};
     #endif
     """
-    # Counts the leads of each thread: those that a thread has at one time are nested in this order.
-    int64_t last_serial "shardedflight_serial"
+    ctypedef struct thread_t "shardedflight_thread":
+        unsigned long ident    # 0 until it first leads
+        long long leads        # so far: those that it has at one time are nested in this order
+    thread_t this_thread "shardedflight_this_thread"
     ctypedef struct mutex_t "shardedflight_mutex":
         pass
     void lock "shardedflight_lock" (mutex_t*) noexcept nogil
@@ -51,6 +58,7 @@ cdef extern from "pythread.h":
 
 cdef enum:
     COMPILED = 1
+    MOST_SLOTS = 16
     # What line_claim returns if it is no slot: the leader is in the dict, the place is taken, there
     # is no slot left, or it leads only if nobody in Shard.overflow does: from slot LOOK - n (for
     # LOOK and less) or from the dict.
@@ -60,23 +68,25 @@ cdef enum:
     LOOK_IN_MORE = -3
     LOOK = -4
     CACHE_LINE = 64
+    FREE = -1
+    MET = 1
+    BESIDE = 2
 
 ctypedef struct slot_t:
     Py_hash_t h
-    PyObject* key          # borrowed: from the leader's frame, or from `seat`. NULL: it is free
-    unsigned long thread
-    int64_t serial         # of the lead, among those of its thread
-    PyObject* seat         # owned; NULL until somebody asks for it
+    PyObject* part         # of the key, and the tuple of `more`; borrowed from the leader's frame.
+    PyObject* more         # Once somebody has asked for the seat, `part` is the seat, and owned.
+    thread_t* thread       # the leader's; NULL once `part` is the seat, or if the slot is free
+    int64_t serial         # of the lead, among those of its thread; FREE: nobody has the slot
 
 ctypedef struct line_t:
     mutex_t mutex
-    char met               # whether Shard.met has anything, and
-    char beside            # Shard.overflow
+    uint8_t flags          # MET, BESIDE: whether Shard.met and Shard.overflow have anything
     uint8_t slots
     uint8_t top            # beyond are free slots only
     uint32_t extra         # how many seats are in
+    PyObject* extras       # a dict of hash to seat; owned, NULL until there is one too many
     int64_t started
-    PyObject* more         # a dict of hash to seat; owned, NULL until there is one too many
     slot_t slot[1]         # as many as `slots`
 
 ctypedef struct lines_t:
@@ -91,7 +101,7 @@ ctypedef struct lines_t:
 
 cdef inline size_t slots_of(size_t count):
     """One slot fits into a line of 64 bytes; where there are few lines, they have more."""
-    return 16 // count if count < 16 else 1
+    return MOST_SLOTS // count if count < MOST_SLOTS else 1
 
 
 cdef inline size_t stride_of(size_t slots):
@@ -113,9 +123,13 @@ cdef inline object make_lines(size_t count):
     lines.count = count
     lines.stride = stride
     lines.first = <char*>((<uintptr_t>lines.allocated + CACHE_LINE - 1) & ~<uintptr_t>(CACHE_LINE - 1))
-    cdef size_t i
+    cdef line_t* line
+    cdef size_t i, s
     for i in range(count):
-        (<line_t*>(lines.first + i * stride)).slots = <uint8_t>slots
+        line = <line_t*>(lines.first + i * stride)
+        line.slots = <uint8_t>slots
+        for s in range(slots):
+            line.slot[s].serial = FREE
     return PyCapsule_New(lines, NULL, drop_lines)
 
 
@@ -135,10 +149,10 @@ cdef inline void drop_lines(object memory) noexcept:
     for i in range(lines.count):
         line = <line_t*>(lines.first + i * lines.stride)
         for s in range(line.slots):
-            if line.slot[s].seat != NULL:
-                Py_DECREF(<object>line.slot[s].seat)
-        if line.more != NULL:
-            Py_DECREF(<object>line.more)
+            if is_made(&line.slot[s]):
+                Py_DECREF(<object>line.slot[s].part)
+        if line.extras != NULL:
+            Py_DECREF(<object>line.extras)
     free(lines.allocated)
     free(lines)
 
@@ -157,49 +171,89 @@ cdef inline void lines_orphan(object memory):
 # -- the leader's path ------------------------------------------------------------------------------
 
 
+cdef inline Py_hash_t hash_of(object key) except? -1:
+    """The hash of a key. Of one with several parts it is made of theirs, without a tuple."""
+    if type(key) is tuple and len(<tuple>key) == 3 and (<tuple>key)[0] is SEVERAL:
+        return hash_of_parts((<tuple>key)[1], (<tuple>key)[2])
+    return hash(key)
+
+
+cdef inline Py_hash_t hash_of_parts(object part, object more) except? -1:
+    return <Py_hash_t>(<uint64_t>hash(part) * <uint64_t>0x9E3779B97F4A7C15ULL + <uint64_t>hash(more))
+
+
+cdef inline PyObject* borrow(object o) noexcept:
+    return <PyObject*>o
+
+
+cdef inline Py_hash_t hash_of_call(PyObject* part, PyObject* more) except? -1:
+    """The same as `hash_of(key_of_two(part, more))`."""
+    if Py_SIZE(<object>more):
+        return hash_of_parts(<object>part, <object>more)
+    return hash(<object>part)
+
+
+cdef inline thread_t* thread_here() noexcept nogil:
+    cdef thread_t* thread = &this_thread
+    if thread.ident == 0:
+        thread.ident = get_ident()
+    thread.leads += 1
+    return thread
+
+
 cdef inline int64_t next_serial() noexcept nogil:
-    global last_serial
-    last_serial += 1
-    return last_serial
+    return thread_here().leads
 
 
 cdef inline uint64_t mixed(Py_hash_t h, int shift) noexcept nogil:
     return (<uint64_t>h * <uint64_t>0x9E3779B97F4A7C15ULL) >> 1 >> shift
 
 
-cdef inline line_t* line_of(Core core, object key, Py_hash_t h) except NULL:
-    if core._mask == 0 and core._hash is None:
-        return core._lines
-    cdef size_t index
-    if core._hash is None:
+cdef inline line_t* line_of(Core core, Py_hash_t h, PyObject* part, PyObject* more) except NULL:
+    cdef size_t index = 0
+    if core._hash is not None:
+        index = core._index(key_of_two(part, more), h)
+    elif core._mask:
         index = mixed(h, core._shift)
-    else:
-        index = core._index(key, h)
     return <line_t*>(<char*>core._lines + index * core._stride)
+
+
+cdef inline object key_of_two(PyObject* part, PyObject* more):
+    """As `key_of`; `more` is a tuple, or NULL."""
+    if more != NULL and Py_SIZE(<object>more):
+        return (SEVERAL, <object>part, <object>more)
+    return <object>part
+
+
+cdef inline bint is_made(slot_t* slot) noexcept nogil:
+    """Whether the slot holds a seat. Under the lock."""
+    return slot.thread == NULL and slot.serial != FREE
 
 
 cdef inline int find(line_t* line, Py_hash_t h) noexcept nogil:
     """The slot with this hash, or -1. Under the lock."""
     cdef int i
     for i in range(line.top):
-        if line.slot[i].h == h and line.slot[i].key != NULL:
+        if line.slot[i].h == h and line.slot[i].serial != FREE:
             return i
     return -1
 
 
 cdef inline void clear(line_t* line, int i) noexcept nogil:
-    """Under the lock. What the slot owned is its caller's now."""
-    line.slot[i].key = NULL
-    line.slot[i].seat = NULL
-    while line.top > 0 and line.slot[line.top - 1].key == NULL:
+    """Under the lock. The seat, if the slot has one, is its caller's now."""
+    line.slot[i].serial = FREE
+    line.slot[i].thread = NULL
+    if i == line.top - 1:
         line.top -= 1
+        while line.top > 0 and line.slot[line.top - 1].serial == FREE:
+            line.top -= 1
 
 
 cdef inline int vacant(line_t* line) noexcept nogil:
     """A free slot, or -1. Under the lock."""
     cdef int i
     for i in range(line.top):
-        if line.slot[i].key == NULL:
+        if line.slot[i].serial == FREE:
             return i
     if line.top == line.slots:
         return -1
@@ -207,24 +261,23 @@ cdef inline int vacant(line_t* line) noexcept nogil:
     return line.top - 1
 
 
-cdef inline PyObject* in_more(line_t* line, object number) noexcept:
+cdef inline PyObject* in_extras(line_t* line, object number) noexcept:
     """The seat in the dict with this hash, borrowed, or NULL. Under the lock."""
-    return PyDict_GetItem(<object>line.more, number) if line.extra else NULL
+    return PyDict_GetItem(<object>line.extras, number) if line.extra else NULL
 
 
-cdef inline int line_claim(line_t* line, Py_hash_t h, object key):
+cdef inline int line_claim(line_t* line, Py_hash_t h, PyObject* part, PyObject* more):
     """Takes a slot for a leader on this thread, and counts its execution."""
     cdef int i
     cdef slot_t* slot
+    cdef thread_t* thread = thread_here()
     cdef object number = None
-    if line.extra:
-        number = h
     lock(&line.mutex)
     while line.extra and number is None:
         unlock(&line.mutex)
         number = h
         lock(&line.mutex)
-    if find(line, h) >= 0 or in_more(line, number) != NULL:
+    if find(line, h) >= 0 or in_extras(line, number) != NULL:
         unlock(&line.mutex)
         return TAKEN
     i = vacant(line)
@@ -233,10 +286,11 @@ cdef inline int line_claim(line_t* line, Py_hash_t h, object key):
         return FULL
     slot = &line.slot[i]
     slot.h = h
-    slot.key = <PyObject*>key
-    slot.thread = get_ident()
-    slot.serial = next_serial()
-    if line.beside:
+    slot.part = part
+    slot.more = more
+    slot.thread = thread
+    slot.serial = thread.leads
+    if line.flags & BESIDE:
         i = LOOK - i
     else:
         line.started += 1
@@ -248,47 +302,54 @@ cdef inline int line_claim_more(line_t* line, Py_hash_t h, object seat) except? 
     """The same for a leader that has found no slot."""
     if line_link(line, h, seat) is not seat:
         return TAKEN
-    if line.beside:
+    if line.flags & BESIDE:
         return LOOK_IN_MORE
     line_count(line)
     return IN_MORE
 
 
-cdef inline object line_seat(line_t* line, int slot, object key):
-    """The seat of the leader on this thread that has this slot, or a new one if it has none."""
+cdef inline object line_seat(line_t* line, int i, PyObject* part, PyObject* more):
+    """The seat of the leader on this thread that has slot `i`, or a new one if it has none."""
     cdef object seat
-    cdef slot_t* mine
-    if slot <= LOOK:
-        slot = LOOK - slot
-    if slot < 0 or slot >= IN_MORE:
-        return (key, get_ident(), next_serial())
-    mine = &line.slot[slot]
-    seat = (key, get_ident(), mine.serial)
+    cdef slot_t* slot
+    if i <= LOOK:
+        i = LOOK - i
+    if i < 0 or i >= IN_MORE:
+        return (key_of_two(part, more), get_ident(), next_serial())
+    slot = &line.slot[i]
+    seat = (key_of_two(part, more), get_ident(), slot.serial)
     lock(&line.mutex)
-    if mine.seat == NULL:
-        Py_INCREF(seat)
-        mine.seat = <PyObject*>seat
+    if is_made(slot):
+        seat = <object>slot.part
     else:
-        seat = <object>mine.seat
+        make_seat(slot, seat)
     unlock(&line.mutex)
     return seat
 
 
+cdef inline void make_seat(slot_t* slot, object seat) noexcept:
+    """From now on the slot holds the seat. Under the lock."""
+    Py_INCREF(seat)
+    slot.part = <PyObject*>seat
+    slot.more = NULL
+    slot.thread = NULL
+
+
 cdef inline object line_release(line_t* line, int i, Py_hash_t h, object seat):
     """Gives the slot back. Returns None, or the seat if it may have been met."""
-    cdef PyObject* asked_for
+    cdef PyObject* made
     cdef bint met
     if i == IN_MORE:
         line_unlink(line, h, seat)
-        return seat if line.met else None
+        return seat if line.flags & MET else None
     lock(&line.mutex)
-    asked_for = line.slot[i].seat
-    met = line.met
+    made = line.slot[i].part if line.slot[i].thread == NULL else NULL
+    met = line.flags & MET
     clear(line, i)
     unlock(&line.mutex)
-    if asked_for == NULL:
+    if made == NULL:
         return None
-    seat = <object>asked_for
+    seat = <object>made
     Py_DECREF(seat)
     return seat if met else None
 
@@ -300,9 +361,12 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
     """The seat that holds this place, or None."""
     cdef object number = h
     cdef object seat = None
-    cdef object key
-    cdef unsigned long thread
-    cdef int64_t number_of_lead
+    cdef object part = None
+    cdef object more = None
+    cdef object found
+    cdef thread_t* thread = NULL
+    cdef int64_t serial = FREE
+    cdef unsigned long ident
     cdef slot_t* slot
     cdef PyObject* extra
     cdef int i
@@ -310,28 +374,25 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
         lock(&line.mutex)
         i = find(line, h)
         if i < 0:
-            extra = in_more(line, number)
+            extra = in_extras(line, number)
             found = None if extra == NULL else <object>extra
             unlock(&line.mutex)
             return found
         slot = &line.slot[i]
-        # A seat that was made in the last round, for the leader that has the slot still (or for a
-        # later one that is alike in all).
-        if (
-            slot.seat == NULL and seat is not None
-            and slot.key == <PyObject*>key and slot.thread == thread and slot.serial == number_of_lead
-        ):
-            Py_INCREF(seat)
-            slot.seat = <PyObject*>seat
-        if slot.seat != NULL:
-            found = <object>slot.seat
+        # The seat was made in the last round, for the lead that has the slot still.
+        if seat is not None and slot.thread == thread and slot.serial == serial:
+            make_seat(slot, seat)
+        if is_made(slot):
+            found = <object>slot.part
             unlock(&line.mutex)
             return found
-        key = <object>slot.key
+        part = <object>slot.part
+        more = <object>slot.more
         thread = slot.thread
-        number_of_lead = slot.serial
+        serial = slot.serial
+        ident = thread.ident
         unlock(&line.mutex)
-        seat = (key, thread, number_of_lead)
+        seat = (key_of_two(<PyObject*>part, <PyObject*>more), ident, serial)
 
 
 cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
@@ -343,24 +404,21 @@ cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
         holder = line_get(line, h)
         if holder is not None:
             return holder
-        if line.more == NULL:
+        if line.extras == NULL:
             line_add_dict(line)
         lock(&line.mutex)
-        if find(line, h) >= 0 or in_more(line, number) != NULL:
+        if find(line, h) >= 0 or in_extras(line, number) != NULL:
             unlock(&line.mutex)
             continue
         i = vacant(line)
         if i >= 0:
             line.slot[i].h = h
-            line.slot[i].key = <PyObject*>(<tuple>seat)[0]
-            line.slot[i].thread = 0
             line.slot[i].serial = 0
-            Py_INCREF(seat)
-            line.slot[i].seat = <PyObject*>seat
+            make_seat(&line.slot[i], seat)
             unlock(&line.mutex)
             return seat
         try:
-            PyDict_SetItem(<object>line.more, number, seat)
+            PyDict_SetItem(<object>line.extras, number, seat)
             line.extra += 1
         finally:
             unlock(&line.mutex)
@@ -370,9 +428,9 @@ cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
 cdef inline int line_add_dict(line_t* line) except -1:
     cdef object new = {}
     lock(&line.mutex)
-    if line.more == NULL:
+    if line.extras == NULL:
         Py_INCREF(new)
-        line.more = <PyObject*>new
+        line.extras = <PyObject*>new
     unlock(&line.mutex)
     return 0
 
@@ -384,18 +442,18 @@ cdef inline bint line_unlink(line_t* line, Py_hash_t h, object seat) except -1:
     lock(&line.mutex)
     i = find(line, h)
     if i >= 0:
-        if line.slot[i].seat != <PyObject*>seat:
+        if not is_made(&line.slot[i]) or line.slot[i].part != <PyObject*>seat:
             unlock(&line.mutex)
             return False
         clear(line, i)
         unlock(&line.mutex)
         Py_DECREF(seat)
         return True
-    if in_more(line, number) != <PyObject*>seat:
+    if in_extras(line, number) != <PyObject*>seat:
         unlock(&line.mutex)
         return False
     try:
-        PyDict_DelItem(<object>line.more, number)
+        PyDict_DelItem(<object>line.extras, number)
         line.extra -= 1
     finally:
         unlock(&line.mutex)
@@ -404,25 +462,23 @@ cdef inline bint line_unlink(line_t* line, Py_hash_t h, object seat) except -1:
 
 cdef inline list line_seats(line_t* line):
     """All seats, with the hashes of their keys."""
-    cdef list hashes = []
-    cdef object seat
-    cdef Py_hash_t h
-    cdef int i
-    cdef Py_hash_t[256] taken
+    cdef list found = []
+    cdef Py_hash_t[MOST_SLOTS] hashes
     cdef int count = 0
+    cdef int i
     lock(&line.mutex)
     for i in range(line.top):
-        if line.slot[i].key != NULL:
-            taken[count] = line.slot[i].h
+        if line.slot[i].serial != FREE:
+            hashes[count] = line.slot[i].h
             count += 1
     unlock(&line.mutex)
     for i in range(count):
-        seat = line_get(line, taken[i])
+        seat = line_get(line, hashes[i])
         if seat is not None:
-            hashes.append((taken[i], seat))
-    if line.more != NULL:
-        hashes.extend((<dict>line.more).copy().items())
-    return hashes
+            found.append((hashes[i], seat))
+    if line.extras != NULL:
+        found.extend((<dict>line.extras).copy().items())
+    return found
 
 
 cdef inline void line_count(line_t* line) noexcept nogil:
@@ -433,8 +489,7 @@ cdef inline void line_count(line_t* line) noexcept nogil:
 
 cdef inline void line_mark(line_t* line, bint met, bint beside) noexcept nogil:
     lock(&line.mutex)
-    line.met = met
-    line.beside = beside
+    line.flags = (MET if met else 0) | (BESIDE if beside else 0)
     unlock(&line.mutex)
 
 
@@ -467,7 +522,7 @@ cdef inline list lines_running(object memory):
         lock(&line.mutex)
         found = line.extra
         for s in range(line.top):
-            if line.slot[s].key != NULL:
+            if line.slot[s].serial != FREE:
                 found += 1
         unlock(&line.mutex)
         running.append(found)
@@ -476,7 +531,7 @@ cdef inline list lines_running(object memory):
 
 # -- the types of _core.py --------------------------------------------------------------------------
 
-cdef object NO_PART, SEVERAL, CoroutineType
+cdef object NO_PART, SEVERAL, NONE_MORE, CoroutineType
 
 cdef class Execution:
     cdef public object seat, leader, waiters, predecessor, end, value, failure

@@ -67,6 +67,7 @@ if not cython.compiled:
     from threading import get_ident
 
     COMPILED = False
+    hash_of = hash
 
 #: The same for other modules; COMPILED is a constant of C's.
 compiled: bool = cython.compiled
@@ -641,6 +642,7 @@ class _Mark:
 #: it is not taken for a lone part that is a tuple; that of none is NO_PART.
 NO_PART: Any = _Mark("<no part>")
 SEVERAL: Any = _Mark("<several parts>")
+NONE_MORE = ()
 
 
 def public_key(key: Any) -> Any:
@@ -650,6 +652,11 @@ def public_key(key: Any) -> Any:
     if type(key) is tuple and len(key) == 3 and key[0] is SEVERAL:
         return (key[1], *key[2])
     return key
+
+
+def hash_key(key: Any) -> int:
+    """What places a key in the tables. Raises what the key's own `__hash__` does."""
+    return hash_of(key)
 
 
 def key_of(parts: tuple[Any, ...]) -> Any:
@@ -780,20 +787,22 @@ class Core:
         """
         if timeout is not None:
             check_timeout(timeout)
-        # The same as self._key(parts), without the call.
         if self._build_key is not None:
             key = self._build_key(*(() if part is NO_PART else (part, *more)))
-        elif more:
-            key = (SEVERAL, part, more)
-        else:
-            key = part
-        h = hash(key)
+        elif not COMPILED:  # the same as key_of(parts), without the call
+            key = (SEVERAL, part, more) if more else part
         if COMPILED:
-            # The seat is a slot in the line, and becomes a tuple only if somebody meets it.
+            # The seat is a slot in the line. Key and seat are made only if somebody meets it.
             seat = None
             slot = TAKEN
-            line = line_of(self, key, h)
+            if self._build_key is None:
+                first, rest = borrow(part), borrow(more)
+            else:
+                first, rest = borrow(key), borrow(NONE_MORE)
+            h = hash_of_call(first, rest)
+            line = line_of(self, h, first, rest)
         else:
+            h = hash(key)
             seat = (key, get_ident())
             shard = self._single or self._shard_of(key, h)
         # CPython runs signal handlers at calls, and what they raise can strike at every call below.
@@ -801,9 +810,9 @@ class Core:
         # that may be done twice, and is done again when it is itself interrupted.
         try:
             if COMPILED:
-                slot = line_claim(line, h, key)
+                slot = line_claim(line, h, first, rest)
                 if slot == FULL:
-                    seat = line_seat(line, slot, key)
+                    seat = line_seat(line, slot, first, rest)
                     slot = line_claim_more(line, h, seat)
                 leads = slot >= 0
             else:
@@ -816,9 +825,9 @@ class Core:
                 value = fn()
                 if type(value) is CoroutineType:
                     if COMPILED:
-                        seat = line_release(line, slot, h, seat) or (key, 0)
+                        seat = line_release(line, slot, h, seat) or line_seat(line, TAKEN, first, rest)
                         slot = TAKEN
-                        shard = self._shard_of(key, h)
+                        shard = self._shard_of(seat[0], h)
                     self._conclude(shard, h, seat, seat[1], End.LOST)
                     refuse_coroutine(value)
                 if COMPILED:
@@ -826,7 +835,7 @@ class Core:
                     slot = TAKEN
                     if seat is None:
                         return value, False
-                    shard = self._shard_of(key, h)
+                    shard = self._shard_of(seat[0], h)
                 else:
                     del shard.table[h]
                     if not shard.met:
@@ -835,14 +844,14 @@ class Core:
                 return value, record is not None and record.shared
             if COMPILED:
                 if seat is None:
-                    seat = line_seat(line, slot, key)
-                shard = self._shard_of(key, h)
+                    seat = line_seat(line, slot, first, rest)
+                shard = self._shard_of(seat[0], h)
             return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
             if COMPILED:
                 if seat is None:
-                    seat = line_seat(line, slot, key)
-                shard = self._shard_of(key, h)
+                    seat = line_seat(line, slot, first, rest)
+                shard = self._shard_of(seat[0], h)
             try:
                 self._fail(shard, h, seat, seat[1], error)
             except RecursionError:  # no room left on this stack

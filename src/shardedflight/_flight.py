@@ -25,6 +25,7 @@ from ._core import (
     Shard,
     all_flights,
     gil_enabled,
+    hash_key,
     not_awaitable,
     refuse_coroutine,
     refuse_coroutine_function,
@@ -249,7 +250,7 @@ class ShardedFlight(Core):
                 something that can not be awaited: use `do`.
         """
         key = self._key(parts)
-        h = hash(key)
+        h = hash_key(key)
         shard = self._shard_of(key, h)
         loop = asyncio.get_running_loop()
         seat: Seat | None = None
@@ -403,7 +404,7 @@ class ShardedFlight(Core):
         """
         refuse_coroutine_function(fn)
         key = self._key(parts)
-        h = hash(key)
+        h = hash_key(key)
         shard = self._shard_of(key, h)
         future = FlightFuture(self, fn, shard, h)
         seat = (key, future)
@@ -534,7 +535,7 @@ class ShardedFlight(Core):
             TypeError: The key is not hashable, or a hook returned what it must not.
         """
         key = self._key(parts)
-        h = hash(key)
+        h = hash_key(key)
         shard = self._shard_of(key, h)
         shard.forget(h, key)
 

@@ -14,7 +14,7 @@ from threading import get_ident
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refuse_coroutine
+from ._core import End, Execution, Seat, Shard, hash_key, leader_here, not_awaitable, refuse_coroutine
 from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code
 from ._replica import Failure
 from ._waiting import (
@@ -77,7 +77,7 @@ class _Batch:
         by_key: dict[Any, _Item] = {}
         for name in keys:
             key = flight._key((name,))
-            h = hash(key)
+            h = hash_key(key)
             item = by_key.get(key)
             if item is None:
                 item = by_key[key] = _Item(key, h, flight._shard_of(key, h))
