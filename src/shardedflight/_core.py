@@ -47,13 +47,20 @@ from threading import get_ident
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
+from . import _uncompiled as cython
 from ._replica import Failure, traceback_of
+
+if False:  # Cython reads this all the same, and compiles its own names instead of the stand-in's.
+    import cython  # type: ignore[import-untyped, no-redef]
 
 __all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout", "public_key"]
 
 T = TypeVar("T")
 
 OnAbandon = Literal["cancel", "finish"]
+
+#: Whether this is the compiled form.
+compiled = cython.compiled
 
 #: A key that no table has: a hash is never so wide.
 _FENCE = 1 << 100
