@@ -74,6 +74,12 @@ test: .venv/test-$(KEY)/built
 test-plain test-compiled: test-%: .venv/test-$(KEY)/built
 	@$($*) $(call run,test) pytest $(ARGS)
 
+# Dumping the stacks of a run that takes long, as hung tests do, is left to the inner one.
+test-wheel: .venv/test-$(KEY)/built
+	@if $(call is_compiled,$(<D)); then $(compiled); else $(plain); fi; \
+		export SHARDEDFLIGHT_PURE SHARDEDFLIGHT_REQUIRE_COMPILED; \
+		$(call run,test) pytest tests/test_packaging.py -m whole -s -o faulthandler_timeout=0 $(ARGS)
+
 docs: .venv/test-$(KEY)/built
 	@$(call run,test) pytest tests/test_readme.py $(ARGS)
 

@@ -1,16 +1,12 @@
 """Compiles the core where that is possible. All else about the project is in pyproject.toml.
 
 `src/shardedflight/_core.py` is Python; Cython makes an extension module of it, with the C types of
-`_core.pxd`, and it is installed beside the plain file. Three outcomes are wanted, so two variables
-of the environment, set to anything but `0`, decide what a compiler that is missing or fails means:
+`_core.pxd`, and it is installed beside the plain file. A compiler that is missing or fails costs
+speed and nothing else, so the plain files are built then, and a note says so. Two variables of the
+environment, set to anything but `0`, ask for something else, in the way of SQLAlchemy's setup.py:
 
-- neither is set: the plain files are installed, and a note says so,
-- `SHARDEDFLIGHT_REQUIRE_COMPILED`: the build fails,
+- `SHARDEDFLIGHT_REQUIRE_COMPILED`: what can not be compiled is an error,
 - `SHARDEDFLIGHT_PURE`: nothing is compiled to begin with.
-
-What is not compiled is built as a wheel for any Python, so setuptools has to know before it begins
-that there will be no extension: a build that failed is begun again without one. That, and the
-variables, are the ways of SQLAlchemy's setup.py.
 """
 
 import os
@@ -20,12 +16,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CORE = Extension(
-    "shardedflight._core",
-    ["src/shardedflight/_core.py"],
-    # For the source distribution: Cython finds it by itself.
-    depends=["src/shardedflight/_core.pxd"],
-)
+CORE = Extension("shardedflight._core", ["src/shardedflight/_core.py"])
 
 DIRECTIVES = {
     "language_level": "3",
@@ -39,12 +30,17 @@ DIRECTIVES = {
 }
 
 
-class NotCompiledError(Exception):
-    """There is no extension, for whatever reason."""
+def is_set(variable: str) -> bool:
+    """Whether the environment has the variable, neither empty nor `0`."""
+    return os.environ.get(variable, "") not in {"", "0"}
+
+
+PURE = is_set("SHARDEDFLIGHT_PURE")
+REQUIRE_COMPILED = is_set("SHARDEDFLIGHT_REQUIRE_COMPILED")
 
 
 class CompileCore(build_ext):
-    """Makes C of Python in the build folder, compiles it, and leaves nothing old behind."""
+    """Makes C of Python in the build folder and compiles it, or else leaves no extension at all."""
 
     def run(self) -> None:
         """Compiles all there is to compile, which is the core."""
@@ -54,7 +50,18 @@ class CompileCore(build_ext):
         try:
             super().run()
         except Exception as error:
-            raise NotCompiledError(f"{type(error).__name__}: {error}") from error
+            why = f"the core could not be compiled ({type(error).__name__}: {error})"
+            if REQUIRE_COMPILED:
+                sys.exit(f"SHARDEDFLIGHT_REQUIRE_COMPILED is set, and {why}")
+            # Found among all that a compiler says; pip shows it with -v.
+            sys.stderr.write(
+                f"\n*** ShardedFlight: {why}.\n"
+                "*** The plain Python files are installed: they do the same, slower.\n\n"
+            )
+            self.extensions = []
+            self.distribution.ext_modules = []
+            # It looked for extensions before they were built.
+            self.get_finalized_command("bdist_wheel").root_is_pure = True
 
     def build_extension(self, ext: Extension) -> None:
         """Compiles one extension."""
@@ -67,39 +74,9 @@ class CompileCore(build_ext):
         super().build_extension(ext)
 
 
-def is_set(variable: str) -> bool:
-    """Whether the environment has the variable, neither empty nor `0`."""
-    return os.environ.get(variable, "") not in {"", "0"}
-
-
-def build() -> None:
-    """Runs setuptools, with the extension or without."""
-    pure = is_set("SHARDEDFLIGHT_PURE")
-    required = is_set("SHARDEDFLIGHT_REQUIRE_COMPILED")
-    if pure and required:
-        sys.exit(
-            "SHARDEDFLIGHT_PURE and SHARDEDFLIGHT_REQUIRE_COMPILED are both set: "
-            "unset the one that is not meant."
-        )
-    if not pure:
-        try:
-            setup(ext_modules=[CORE], cmdclass={"build_ext": CompileCore})
-        except NotCompiledError as error:
-            if required:
-                sys.exit(
-                    "The core could not be compiled, which SHARDEDFLIGHT_REQUIRE_COMPILED demands: "
-                    f"{error}"
-                )
-            note(f"The core could not be compiled ({error}).")
-        else:
-            return
-    note("The plain Python files are built, without the compiled core: they do the same, slower.")
-    setup()
-
-
-def note(text: str) -> None:
-    """Says something that is found among all that a compiler says. pip shows it with -v."""
-    sys.stderr.write(f"\n*** ShardedFlight: {text}\n\n")
-
-
-build()
+if PURE and REQUIRE_COMPILED:
+    sys.exit(
+        "SHARDEDFLIGHT_PURE and SHARDEDFLIGHT_REQUIRE_COMPILED are both set: "
+        "unset the one that is not meant."
+    )
+setup(ext_modules=[] if PURE else [CORE], cmdclass={"build_ext": CompileCore})

@@ -28,6 +28,7 @@ settings.register_profile(
 )
 settings.load_profile("shardedflight")
 
+SRC = Path(__file__).resolve().parent.parent / "src"
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
@@ -54,12 +55,11 @@ def core_is_the_one_asked_for() -> None:
         assert not shardedflight.__compiled__, "SHARDEDFLIGHT_PURE is set, and the core compiled"
     if is_set("SHARDEDFLIGHT_REQUIRE_COMPILED"):
         assert shardedflight.__compiled__, "SHARDEDFLIGHT_REQUIRE_COMPILED is set: no compiled core"
-    if shardedflight.__compiled__:
-        for source in core.parent.glob("_core.p*"):
-            if source.suffix in {".py", ".pxd"}:
-                assert source.stat().st_mtime <= core.stat().st_mtime, (
-                    f"{source.name} is newer than the compiled core: run make"
-                )
+    if shardedflight.__compiled__ and core.is_relative_to(SRC):
+        for source in (core.with_name("_core.py"), core.with_name("_core.pxd")):
+            assert source.stat().st_mtime <= core.stat().st_mtime, (
+                f"{source.name} is newer than the compiled core: run make"
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)
