@@ -32,7 +32,7 @@ run = $(call env,$1)/bin/python -m
 		-r requirements/build.txt -r requirements/$*.txt
 	@touch $@
 
-.PRECIOUS: .venv/%/made
+.PRECIOUS: .venv/%-$(KEY)/made
 
 # The package in that environment, its core compiled anew when it changes. Environments of one
 # interpreter share the compiled core, which is in src, beside the plain one. Where it could not be
