@@ -113,7 +113,7 @@ for module in (_core, *filter(inspect.isclass, vars(_core).values())):
                     [[p.name, p.kind, repr(p.default)] for p in
                      inspect.signature(member).parameters.values()],
                     sorted(member.__annotations__),
-                    member.__doc__,
+                    inspect.getdoc(member),
                 ]
 print(json.dumps(found))
 """
