@@ -9,7 +9,7 @@ ARGS ?=
 .DELETE_ON_ERROR:
 # Two editable installs at once would write the same metadata.
 .NOTPARALLEL:
-.PHONY: help demo test check lint types imports bench docs pins clean
+.PHONY: help demo test test-plain test-compiled test-wheel check lint types imports bench docs pins clean
 
 # Such as 3.14.6 or, free-threaded, 3.14.6t; "old 3.10.1"; empty if $(PYTHON) does not run.
 VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; \
@@ -30,13 +30,32 @@ run = $(call env,$1)/bin/python -m
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --disable-pip-version-check \
 		-r requirements/build.txt -r requirements/$*.txt
-	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet \
-		--no-build-isolation --no-deps --editable .
 	@touch $@
+
+.PRECIOUS: .venv/%-$(KEY)/made
+
+# The package in that environment, its core compiled anew when it changes. Environments of one
+# interpreter share the compiled core, which is in src, beside the plain one. Where it could not be
+# compiled, the next `make` tries again.
+.venv/%-$(KEY)/built: .venv/%-$(KEY)/made setup.py src/shardedflight/_core.py \
+		src/shardedflight/_core.pxd
+	@SHARDEDFLIGHT_PURE= $(@D)/bin/python -m pip install --disable-pip-version-check --quiet \
+		--no-build-isolation --no-deps --editable .
+	@if $(call is_compiled,$(@D)); then touch $@; else \
+		echo "The core could not be compiled, so there is only the plain one."; \
+		echo "SHARDEDFLIGHT_REQUIRE_COMPILED=1 make test says why."; \
+	fi
+
+# The plain core can be chosen where both are, so that variable says what to run, not what to build.
+is_compiled = SHARDEDFLIGHT_PURE= $1/bin/python -c 'import sys, shardedflight; \
+	sys.exit(not shardedflight.__compiled__)'
+plain := SHARDEDFLIGHT_PURE=1 SHARDEDFLIGHT_REQUIRE_COMPILED=
+compiled := SHARDEDFLIGHT_PURE= SHARDEDFLIGHT_REQUIRE_COMPILED=1
 
 help:
 	@echo "make demo    a stampede on a real HTTP server, with and without a flight (ARGS=--help)"
-	@echo "make test    the tests (ARGS=\"-k forget\")"
+	@echo "make test    the tests, of the plain core and of the compiled one (ARGS=\"-k forget\");"
+	@echo "             test-plain and test-compiled run one half, test-wheel the built wheel's"
 	@echo "make check   lint, formatting, types and import layering"
 	@echo "make bench   one table of measured ratios (ARGS=--help)"
 	@echo "make docs    the documents' links and code blocks"
@@ -44,13 +63,24 @@ help:
 	@echo "make clean   remove everything that these made"
 	@echo "Add PYTHON=python3.14t to use another interpreter than python3."
 
-demo bench: %: .venv/%-$(KEY)/made
+demo bench: %: .venv/%-$(KEY)/built
 	@$(call run,$@) shardedflight $@ $(ARGS)
 
-test: .venv/test-$(KEY)/made
-	@$(call run,test) pytest $(ARGS)
+# The last line is the summary of the second run, or of the first if that failed.
+test: .venv/test-$(KEY)/built
+	@$(plain) $(call run,test) pytest $(ARGS)
+	@if $(call is_compiled,$(<D)); then $(compiled) $(call run,test) pytest $(ARGS); fi
 
-docs: .venv/test-$(KEY)/made
+test-plain test-compiled: test-%: .venv/test-$(KEY)/built
+	@$($*) $(call run,test) pytest $(ARGS)
+
+# Dumping the stacks of a run that takes long, as hung tests do, is left to the inner one.
+test-wheel: .venv/test-$(KEY)/built
+	@if $(call is_compiled,$(<D)); then $(compiled); else $(plain); fi; \
+		export SHARDEDFLIGHT_PURE SHARDEDFLIGHT_REQUIRE_COMPILED; \
+		$(call run,test) pytest tests/test_packaging.py -m whole -s -o faulthandler_timeout=0 $(ARGS)
+
+docs: .venv/test-$(KEY)/built
 	@$(call run,test) pytest tests/test_readme.py $(ARGS)
 
 check: lint types imports
@@ -64,7 +94,7 @@ types: .venv/check-$(KEY)/made
 	@echo "pyright"; $(call run,check) pyright --pythonpath $(call env,check)/bin/python
 
 imports: .venv/check-$(KEY)/made
-	@echo "import-linter"; $(call env,check)/bin/lint-imports
+	@echo "import-linter"; PYTHONPATH=src $(call env,check)/bin/lint-imports
 
 # Pins that still fit are kept: ARGS=--upgrade chooses all anew.
 resolve = $(call run,pins) uv pip compile --quiet --universal --fork-strategy fewest \
@@ -84,5 +114,6 @@ pins: .venv/pins-$(KEY)/made
 
 clean:
 	rm -rf .venv build dist src/*.egg-info shardedflight-demo.html
+	rm -f src/shardedflight/*.so src/shardedflight/*.pyd
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

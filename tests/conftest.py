@@ -7,12 +7,17 @@ not even that can run, faulthandler does it 30 seconds later.
 Every warning is an error, and so are exceptions that nobody could catch: in `__del__`, in a thread.
 """
 
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+import shardedflight
+from shardedflight import _core
 
 # How long an example takes depends on the machine: what hangs is ended by the timeout above.
 settings.register_profile(
@@ -23,6 +28,7 @@ settings.register_profile(
 )
 settings.load_profile("shardedflight")
 
+SRC = Path(__file__).resolve().parent.parent / "src"
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
@@ -31,7 +37,29 @@ def gil_is_on() -> bool:
 
 
 def pytest_report_header() -> str:
-    return f"CPython {sys.version.split()[0]}, GIL {'on' if gil_is_on() else 'off'}"
+    core = "compiled" if shardedflight.__compiled__ else "plain"
+    gil = "on" if gil_is_on() else "off"
+    return f"CPython {sys.version.split()[0]}, GIL {gil}, {core} core: {_core.__file__}"
+
+
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "") not in {"", "0"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def core_is_the_one_asked_for() -> None:
+    """No test counts that ran on the other core, or on a compiled one older than its source."""
+    core = Path(_core.__file__)
+    assert (core.suffix != ".py") is shardedflight.__compiled__
+    if is_set("SHARDEDFLIGHT_PURE"):
+        assert not shardedflight.__compiled__, "SHARDEDFLIGHT_PURE is set, and the core compiled"
+    if is_set("SHARDEDFLIGHT_REQUIRE_COMPILED"):
+        assert shardedflight.__compiled__, "SHARDEDFLIGHT_REQUIRE_COMPILED is set: no compiled core"
+    if shardedflight.__compiled__ and core.is_relative_to(SRC):
+        for source in (core.with_name("_core.py"), core.with_name("_core.pxd")):
+            assert source.stat().st_mtime <= core.stat().st_mtime, (
+                f"{source.name} is newer than the compiled core: run make"
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,10 +8,15 @@ Layers, each importing only from those below it (checked by import-linter in `ma
     _future                  what do_future returns
     _deadlock                who waits for whom
     _waiting                 how callers wait, and how they are woken
-    _core                    who leads, who follows, who is settled
-    _replica, exceptions, keys
+    _core                    who leads, who follows, who is settled; the one compiled module
+    _lock, _replica, exceptions, keys
+    _uncompiled              what the plain core has in place of Cython and C
+
+`_compiled` stands above the core and is imported here alone, before all that need the core: it
+chooses whether the compiled one or the plain one runs, and `__compiled__` tells which.
 """
 
+from . import _compiled
 from . import keys as keys
 from ._flight import ShardedFlight as ShardedFlight
 from ._flight import Stats as Stats
@@ -33,3 +38,7 @@ __all__ = [
     "Stats",
     "keys",
 ]
+
+#: Whether the compiled core runs. If not, there is none for this interpreter, or the environment
+#: has set `SHARDEDFLIGHT_PURE`.
+__compiled__ = _compiled.compiled

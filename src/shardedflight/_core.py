@@ -54,23 +54,43 @@ from inspect import CO_COROUTINE
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
+from . import _uncompiled as cython
 from ._lock import SteadyLock
 from ._replica import Failure, traceback_of
 
-try:
-    import cython
-except ImportError:  # the package needs nothing at run time
-    from . import _uncompiled as cython
+if False:  # Cython reads this all the same, and compiles its own names instead of the stand-in's.
+    import cython  # type: ignore[import-untyped, no-redef]
 
-if not cython.compiled:
-    # Compiled, _core.pxd has these as C.
-    from threading import get_ident
-
-    COMPILED = False
-    hash_of = hash
-
-#: The same for other modules; COMPILED is a constant of C's.
-compiled: bool = cython.compiled
+if not cython.compiled:  # otherwise _core.pxd has these names, as C
+    from ._uncompiled import (
+        COMPILED,
+        FULL,
+        TAKEN,
+        borrow,
+        get_ident,
+        hash_of,
+        hash_of_call,
+        line_at,
+        line_claim,
+        line_claim_more,
+        line_count,
+        line_get,
+        line_link,
+        line_mark,
+        line_of,
+        line_release,
+        line_seat,
+        line_seats,
+        line_unlink,
+        lines_orphan,
+        lines_running,
+        lines_started,
+        make_lines,
+        mixed,
+        next_serial,
+        slots_of,
+        stride_of,
+    )
 
 __all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout", "compiled", "public_key"]
 
@@ -78,9 +98,13 @@ T = TypeVar("T")
 
 OnAbandon = Literal["cancel", "finish"]
 
-#: The key of a call and who runs its function: the ident of a thread, or a `Run`. Seats are told
-#: apart by identity; to compare or to hash one would run the key's own code.
-Seat = tuple[Any, Any]
+#: The key of a call and who runs its function: the ident of a thread, or a `Run`. Compiled, also
+#: which of its thread's leads it is. Seats are told apart by identity; to compare or to hash one
+#: would run the key's own code.
+Seat = tuple[Any, ...]
+
+#: Whether this is the compiled form, for other modules: COMPILED is a constant of C's.
+compiled = cython.compiled
 
 #: A key that no table has: a hash is never so wide.
 _FENCE = 1 << 100
