@@ -395,6 +395,15 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
         seat = (key_of_two(<PyObject*>part, <PyObject*>more), ident, serial)
 
 
+cdef inline bint line_taken(line_t* line, Py_hash_t h):
+    """Whether somebody has this place, or might stand beside it."""
+    cdef bint taken
+    lock(&line.mutex)
+    taken = find(line, h) >= 0 or line.extra or line.flags & BESIDE
+    unlock(&line.mutex)
+    return taken
+
+
 cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
     """Links the seat if the place is free. Returns the seat that holds it then."""
     cdef object number = h
@@ -533,18 +542,42 @@ cdef inline list lines_running(object memory):
 
 cdef object NO_PART, SEVERAL, NONE_MORE, CoroutineType
 
+cdef inline object id(object o):
+    """As the built-in, without the call."""
+    return <uintptr_t><PyObject*>o
+
+
 cdef class Execution:
-    cdef public object seat, leader, waiters, predecessor, end, value, failure
+    cdef public object seat, leader, predecessor, end, value, failure
+    cdef public dict waiters
     cdef public bint joinable, attended, inherited, shared
     cdef public int64_t serial
 
 cdef class Shard:
     cdef object _memory
     cdef line_t* _line
-    cdef public object lock, met, overflow
+    cdef public object lock
+    cdef public dict met, overflow
     cdef public int64_t overflow_changes, shared, errors, promotions, timeouts
     cdef public int64_t abandoned, forgotten, deadlocks
+    # Of the plain form.
     cdef public object table, started, _started_reads
+
+    cpdef object get(self, Py_hash_t h)
+    cpdef object link(self, Py_hash_t h, object seat)
+    cpdef bint unlink(self, Py_hash_t h, object seat) except -1
+    cpdef object count(self)
+    cpdef object follow(self, Py_hash_t h, object key, object waiter, object loop)
+    cdef object _mark(self)
+    cdef object _fence(self)
+    cdef object _meet(self, Py_hash_t h, object seat)
+    cdef bint _lead(self, Py_hash_t h, object seat) except -1
+    cdef object _match(self, Py_hash_t h, object key, object head, object mine)
+    cdef bint _matches(self, object seat, object key) except -1
+    cdef bint _link_beside(self, Py_hash_t h, object seat, object head) except -1
+    cdef object _remove_from_overflow(self, Py_hash_t h, object seat)
+    cdef object _change_overflow(self, Py_hash_t h, object group)
+    cdef object _deserted(self, Execution record)
 
 cdef class Core:
     cdef object _memory, _old_memory
@@ -554,4 +587,11 @@ cdef class Core:
     cdef size_t _mask
     cdef int _shift
     cdef public object _shards, _single
+
+    cpdef object place(self, tuple parts)
+    cpdef object _shard_of(self, object key, Py_hash_t h)
+    cpdef object _shard_at(self, size_t index)
     cpdef object _index(self, object key, Py_hash_t h)
+
+cpdef object key_of(tuple parts)
+cdef bint is_cancelled(object waiter) except -1

@@ -48,7 +48,7 @@ import enum
 import itertools
 import sys
 import weakref
-from _thread import start_new_thread
+from _thread import RLock, start_new_thread
 from collections.abc import Callable, Hashable, Iterator
 from inspect import CO_COROUTINE
 from types import CoroutineType, TracebackType
@@ -67,6 +67,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         FULL,
         TAKEN,
         borrow,
+        defer,
         get_ident,
         hash_of,
         hash_of_call,
@@ -81,6 +82,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         line_release,
         line_seat,
         line_seats,
+        line_taken,
         line_unlink,
         lines_orphan,
         lines_running,
@@ -162,8 +164,8 @@ class Execution:
         #: end. It is the fence: an end is accepted from the leader alone, so the late end of a
         #: former leader does nothing.
         self.leader = seat[1]
-        #: Who waits, in order of arrival (a dict serves as an ordered set).
-        self.waiters: dict[Any, None] = {}
+        #: Who waits, in order of arrival; and the loop of one that is a plain `asyncio.Future`.
+        self.waiters: dict[Any, Any] = {}
         #: False once forgotten, abandoned or ended.
         self.joinable = True
         #: The leader's own caller still wants the outcome.
@@ -210,6 +212,13 @@ class Execution:
         return cast("Failure", self.failure).replica()
 
 
+def make_lock() -> Any:
+    """A lock for this module. Only plain Python is interrupted by signal handlers in between."""
+    if COMPILED:
+        return RLock()
+    return SteadyLock()
+
+
 class Shard:
     """One of the independent tables, with all that is decided under its lock."""
 
@@ -233,7 +242,7 @@ class Shard:
     )
 
     def __init__(self, memory: object, index: int) -> None:
-        self.lock = SteadyLock()
+        self.lock = make_lock()
         #: The records, by the id of the seat that each of them keeps alive. Read without the lock.
         self.met: dict[int, Execution] = {}
         self.overflow: dict[int, list[Seat]] = {}
@@ -294,6 +303,16 @@ class Shard:
             self._started_reads += 1
             return number + 1 - self._started_reads + self.promotions
 
+    def count_timeout(self) -> None:
+        """A follower has left after its timeout."""
+        with self.lock:
+            self.timeouts += 1
+
+    def count_deadlock(self) -> None:
+        """A wait was refused, since it would never end."""
+        with self.lock:
+            self.deadlocks += 1
+
     def _mark(self) -> None:
         """Shows to the leaders' path whether `met` and `overflow` have anything. Under the lock."""
         if COMPILED:
@@ -317,6 +336,12 @@ class Shard:
     def release(self, h: int, seat: Seat) -> bool:
         """The leader's last step: unlinks `seat`. False if it must be settled as well."""
         return self.unlink(h, seat) and not (self.met and id(seat) in self.met)
+
+    def taken(self, h: int) -> bool:
+        """Whether anybody leads for a key with this hash; for a start."""
+        if COMPILED:
+            return line_taken(self._line, h)
+        return h in self.table or bool(self.overflow)
 
     def record(self, seat: Seat) -> Execution | None:
         """The record of an execution that somebody has met, until it ends."""
@@ -359,19 +384,20 @@ class Shard:
         The one that called fork may be inside a leader's function, and will end its execution
         here. It shall find a lock that nobody holds, and nobody to wake.
         """
-        self.lock = SteadyLock()
+        self.lock = make_lock()
         for record in self.met.values():
             record.waiters = {}
 
     # -- joining ----------------------------------------------------------------------------------
 
-    def join(self, h: int, seat: Seat, waiter: Any) -> Execution | None:
+    def join(self, h: int, seat: Seat, waiter: Any, loop: Any) -> Execution | None:
         """Makes `waiter` a follower for the key of `seat`, or else makes `seat` lead.
 
         Args:
             h: The hash of the key.
             seat: A new one. It may be linked already.
             waiter: Who is to be woken.
+            loop: Its event loop, if it is a plain `asyncio.Future`.
 
         Returns:
             What `waiter` has joined. None: `seat` leads.
@@ -380,25 +406,25 @@ class Shard:
             Exception: What `__eq__` of a key raised; the caller ends `seat`.
         """
         while not self._lead(h, seat):
-            joined = self.follow(h, seat[0], waiter)
+            joined = self.follow(h, seat[0], waiter, loop)
             if joined is not None:
                 return joined
         return None
 
-    def follow(self, h: int, key: Any, waiter: Any) -> Execution | None:
+    def follow(self, h: int, key: Any, waiter: Any, loop: Any) -> Execution | None:
         """Makes `waiter` a follower of the joinable execution for `key`.
 
         Returns:
             The execution, or None if there is none.
         """
         while True:
-            seat = self._match(h, key, self.get(h))
+            seat = self._match(h, key, self.get(h), None)
             if seat is None:
                 return None
             with self.lock:
                 record = self._meet(h, seat)
                 if record is not None and record.joinable:
-                    record.waiters[waiter] = None
+                    record.waiters[waiter] = loop
                     return record
 
     def _meet(self, h: int, seat: Seat) -> Execution | None:
@@ -443,7 +469,7 @@ class Shard:
             self.count()
             return True
 
-    def _match(self, h: int, key: Any, head: Seat | None, mine: Seat | None = None) -> Seat | None:
+    def _match(self, h: int, key: Any, head: Seat | None, mine: Seat | None) -> Seat | None:
         """The joinable execution for `key` among those that hold its hash. Runs user code."""
         if self.overflow:
             for seat in self.overflow.get(h, ()):
@@ -534,7 +560,7 @@ class Shard:
 
     def forget(self, h: int, key: Hashable) -> None:
         """Makes the key's execution, if there is one, unjoinable."""
-        seat = self._match(h, key, self.get(h))
+        seat = self._match(h, key, self.get(h), None)
         if seat is None:
             return
         with self.lock:
@@ -617,7 +643,10 @@ class Shard:
                 record.leader = heir
                 return record, heir
             # A follower that was cancelled in the same moment has not left yet.
-            served = sum([not is_cancelled(waiter) for waiter in waiters])
+            served = len(waiters)
+            for waiter in waiters:
+                if is_cancelled(waiter):
+                    served -= 1
             failure = Failure(value, traceback) if end is End.ERROR and waiters else None
             if not self.unlink(h, seat):
                 self._remove_from_overflow(h, seat)
@@ -678,11 +707,6 @@ def public_key(key: Any) -> Any:
     return key
 
 
-def hash_key(key: Any) -> int:
-    """What places a key in the tables. Raises what the key's own `__hash__` does."""
-    return hash_of(key)
-
-
 def key_of(parts: tuple[Any, ...]) -> Any:
     """The key of a call with these parts."""
     if len(parts) == 1:
@@ -727,6 +751,8 @@ class Core:
         build_key: Callable[..., Hashable] | None,
         hash: Callable[[Any], int] | None,
     ) -> None:
+        if COMPILED:
+            defer(self)
         self._build_key = build_key
         self._hash = hash
         self._mask = shards - 1
@@ -752,8 +778,11 @@ class Core:
         """How many shards the flight has."""
         return int(self._mask + 1)
 
-    def _key(self, parts: tuple[Any, ...]) -> Any:
-        return key_of(parts) if self._build_key is None else self._build_key(*parts)
+    def place(self, parts: tuple[Any, ...]) -> tuple[Any, int, Shard]:
+        """The key of a call with these parts, what places it in the tables, and its shard."""
+        key = key_of(parts) if self._build_key is None else self._build_key(*parts)
+        h = hash_of(key)
+        return key, h, self._shard_of(key, h)
 
     def _shard_of(self, key: Any, h: int) -> Shard:
         return self._single or self._shard_at(self._index(key, h))
@@ -953,6 +982,11 @@ class Core:
             lines_orphan(self._memory)
             self._old_memory = (self._memory, self._old_memory)
         self._make_shards()
+
+
+if COMPILED:
+    # All threads take the method from the class for each call.
+    defer(vars(Core)["do"])
 
 
 def gil_enabled() -> bool:

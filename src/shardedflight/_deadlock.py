@@ -38,7 +38,7 @@ from ._lock import SteadyLock
 from ._waiting import LoopRun
 from .exceptions import DeadlockError
 
-__all__ = ["begin_run", "begin_wait", "check_wait", "current_run", "end_wait", "leading_code"]
+__all__ = ["begin_run", "begin_wait", "check_wait", "current_run", "end_wait", "leading_code", "pause"]
 
 #: The innermost run in whose function this code runs, or whose function has started it.
 current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run", default=None)
@@ -49,17 +49,20 @@ leading_code: set[types.CodeType] = set() if compiled else {Core.do.__code__}
 
 #: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it.
 _lock = SteadyLock()
-#: What a blocked thread waits for, by its ident. Entered under the lock, and taken out without.
-_blocked: dict[int, Sequence[Execution]] = {}
+#: What a blocked thread waits for, by its ident.
+_blocked: dict[int | None, Sequence[Any]] = {}
 
 
 @types.coroutine
-def begin_run(run: LoopRun) -> Generator[None, None, None]:
-    """The first thing that the task of `run` awaits, in its own context."""
-    if run.paused:
-        yield
+def pause() -> Generator[None, None, None]:
+    """Suspends a run's coroutine that has been begun before its task: see `_start` in `_flight`."""
+    yield
+
+
+def begin_run(run: LoopRun) -> None:
+    """The first thing that the task of `run` does, in its own context."""
     if run.task is None:  # the first step runs before its maker has the task
-        run.task = asyncio.current_task()
+        run.task = asyncio.current_task(run.loop)
     current_run.set(run)
 
 
@@ -76,12 +79,23 @@ def begin_wait(
     Raises:
         DeadlockError: They wait for this thread or task, directly or not. Nothing is entered then.
     """
-    task = None if future is None else asyncio.current_task()
     try:
+        if future is None:
+            task = None
+            me = get_ident()
+            _blocked[me] = executions
+            _blocked.pop(None, None)  # writes take the dict's lock: see _core on fences
+            # Whoever closes a cycle later sees the entry: now only a leader that waits can.
+            if len(executions) == 1:
+                leader = executions[0].leader
+                if not isinstance(leader, LoopRun):
+                    thread = _thread_of(leader)
+                    if thread != me and thread not in _blocked:
+                        return
+        else:
+            task = asyncio.current_task()
         with _lock:
-            if future is None:
-                _blocked[get_ident()] = executions
-            else:
+            if future is not None:
                 run = current_run.get()
                 if run is not None:
                     if run.waits is None:
@@ -91,8 +105,7 @@ def begin_wait(
                     future.get_loop().call_soon(_look_again, shard, executions, future, task)
             error = _find_cycle(executions, task, ())
         if error is not None:
-            with shard.lock:
-                shard.deadlocks += 1
+            shard.count_deadlock()
             raise error
     except BaseException:
         end_wait(future)
@@ -111,8 +124,7 @@ def _look_again(
     with _lock:
         error = _find_cycle(executions, task, ())
     if error is not None:
-        with shard.lock:
-            shard.deadlocks += 1
+        shard.count_deadlock()
         future.set_exception(error)
         future.exception()  # who awaits it may be cancelled first: asyncio need not complain
 
@@ -132,8 +144,7 @@ def check_wait(
     with _lock:
         error = _find_cycle(executions, task, first)
     if error is not None:
-        with shard.lock:
-            shard.deadlocks += 1
+        shard.count_deadlock()
         raise error
 
 

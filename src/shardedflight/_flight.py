@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from _thread import start_new_thread
+from asyncio import Task, get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
@@ -25,16 +26,16 @@ from ._core import (
     Shard,
     all_flights,
     gil_enabled,
-    hash_key,
     not_awaitable,
     refuse_coroutine,
     refuse_coroutine_function,
     register,
 )
-from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code
+from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code, pause
 from ._future import FlightFuture
 from ._lock import SteadyLock
 from ._waiting import (
+    TAKE_OVER,
     LoopRun,
     Sleeper,
     loop_of,
@@ -52,10 +53,8 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 #: Shards where threads really run at once, and where the GIL lets one run at a time.
-_SHARDS_FREE_THREADED = 64
+_SHARDS_FREE_THREADED = 512
 _SHARDS_GIL = 1
-
-_VALUE = End.VALUE
 
 # asyncio.Task can run a coroutine's first step at once since Python 3.12.
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
@@ -162,14 +161,13 @@ class ShardedFlight(Core):
         record: Execution | None = None
         try:
             refuse_coroutine_function(fn)
-            record = shard.join(h, seat, sleeper)
+            record = shard.join(h, seat, sleeper, None)
             if record is not None:
                 begin_wait(shard, (record,))
                 try:
                     if not sleeper.sleep(timeout):
                         if self._leave(shard, record, sleeper):
-                            with shard.lock:
-                                shard.timeouts += 1
+                            shard.count_timeout()
                             raise FlightTimeout(
                                 f"waited {timeout} s for the execution of {record.key!r}"
                             )
@@ -249,24 +247,22 @@ class ShardedFlight(Core):
             TypeError: The key is not hashable, a hook returned what it must not, or `fn` returned
                 something that can not be awaited: use `do`.
         """
-        key = self._key(parts)
-        h = hash_key(key)
-        shard = self._shard_of(key, h)
-        loop = asyncio.get_running_loop()
+        key, h, shard = self.place(parts)
+        loop = get_running_loop()
         seat: Seat | None = None
         record: Execution | None = None
         run: LoopRun | None = None
-        waiter: asyncio.Future[bool] | None = None
+        waiter: asyncio.Future[Any] | None = None
         try:
-            if shard.get(h) is not None or shard.overflow:
+            if shard.taken(h):
                 waiter = loop.create_future()
-                record = shard.follow(h, key, waiter)
+                record = shard.follow(h, key, waiter, loop)
             if record is None:
                 run = LoopRun(loop)
                 seat = (key, run)
                 if not shard.claim(h, seat):
                     waiter = waiter or loop.create_future()
-                    record = shard.join(h, seat, waiter)
+                    record = shard.join(h, seat, waiter, loop)
             if record is not None:
                 assert waiter is not None
                 if id(loop) not in watched_loops:
@@ -274,15 +270,13 @@ class ShardedFlight(Core):
                 if current_run.get() is not None or record.leader == get_ident():
                     begin_wait(shard, (record,), waiter)
                     try:
-                        promoted = await waiter
+                        answer = await waiter
                     finally:
                         end_wait(waiter)
                 else:
-                    promoted = await waiter
-                if not promoted:
-                    if record.end is _VALUE:  # as outcome() does, without the call
-                        return record.value, record.shared
-                    return record.outcome()
+                    answer = await waiter
+                if answer is not TAKE_OVER:
+                    return record.outcome() if answer is None else answer
                 run = LoopRun(loop)
                 seat = record.seat
                 if not shard.adopt(seat, waiter, run):
@@ -302,6 +296,9 @@ class ShardedFlight(Core):
                         end_wait(run.bell)
                 else:
                     await run.bell
+            if run.error is None:  # as outcome() does, without the call
+                value, run.value = run.value, None
+                return value, run.shared
             return run.outcome()
         except GeneratorExit:
             # The coroutine is closed, perhaps by the garbage collector, at any point of any
@@ -318,7 +315,7 @@ class ShardedFlight(Core):
         """Runs `coroutine`, a run's, in a task; its first step at once where possible."""
         loop = run.loop
         if _EAGER and loop.get_task_factory() is None:
-            task: asyncio.Task[None] = asyncio.Task(coroutine, loop=loop, **_EAGER)
+            task: asyncio.Task[None] = Task(coroutine, loop=loop, **_EAGER)
         else:
             # A task that is cancelled before its first step runs nothing, no `finally` either. So
             # the coroutine is brought into its `try` here.
@@ -338,7 +335,9 @@ class ShardedFlight(Core):
     ) -> None:
         """The task of an execution. Raises only what tells its loop that it was cancelled."""
         try:
-            await begin_run(run)
+            if run.paused:
+                await pause()
+            begin_run(run)
             awaitable: Any = fn()
             if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
                 run.error = not_awaitable(awaitable)
@@ -403,15 +402,13 @@ class ShardedFlight(Core):
             RuntimeError: The executor takes no work any more.
         """
         refuse_coroutine_function(fn)
-        key = self._key(parts)
-        h = hash_key(key)
-        shard = self._shard_of(key, h)
+        key, h, shard = self.place(parts)
         future = FlightFuture(self, fn, shard, h)
         seat = (key, future)
         record: Execution | None = None
         try:
             if not shard.claim(h, seat):
-                record = shard.join(h, seat, future)
+                record = shard.join(h, seat, future, None)
             if record is None:
                 future.seat = seat
                 future.submit()
@@ -534,9 +531,7 @@ class ShardedFlight(Core):
         Raises:
             TypeError: The key is not hashable, or a hook returned what it must not.
         """
-        key = self._key(parts)
-        h = hash_key(key)
-        shard = self._shard_of(key, h)
+        key, h, shard = self.place(parts)
         shard.forget(h, key)
 
     def in_flight(self) -> int:

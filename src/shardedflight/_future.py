@@ -9,7 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
-from ._core import End, Execution, Run, Seat, Shard
+from ._core import End, Execution, Run, Seat, Shard, public_key
 from ._deadlock import begin_wait, end_wait
 from ._waiting import Waiter
 
@@ -109,6 +109,18 @@ class FlightFuture(Future[Any], Run, Waiter):
             self._flight._conclude(self._shard, self._hash, seat, self, End.LOST)
             self.seat = None
 
+    # As an execution that nobody else has met: who waits for the future waits for its function.
+
+    @property
+    def leader(self) -> Any:
+        """Who leads."""
+        return self
+
+    @property
+    def key(self) -> Any:
+        """As that of `Execution`."""
+        return None if self.seat is None else public_key(self.seat[0])
+
     # As a follower.
 
     def wake(self, execution: Execution) -> None:
@@ -166,17 +178,11 @@ class FlightFuture(Future[Any], Run, Waiter):
             error = None
             del self  # as the base does: the error's traceback holds this frame
 
-    def _awaited(self) -> "tuple[Execution, ...]":
-        if self.joined is not None:
-            return (self.joined,)
-        seat = self.seat
-        return () if seat is None else self._shard.running_as(self._hash, seat)
-
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As `concurrent.futures.Future.exception`; also raises `DeadlockError`."""
         if self.done():
             return super().exception(timeout)
-        begin_wait(self._shard, self._awaited())
+        begin_wait(self._shard, (self if self.joined is None else self.joined,))
         try:
             return super().exception(timeout)
         finally:

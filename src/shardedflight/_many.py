@@ -14,8 +14,8 @@ from threading import get_ident
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from ._core import End, Execution, Seat, Shard, hash_key, leader_here, not_awaitable, refuse_coroutine
-from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code
+from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refuse_coroutine
+from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code, pause
 from ._replica import Failure
 from ._waiting import (
     Inbox,
@@ -76,11 +76,10 @@ class _Batch:
         self.own_error: Exception | None = None
         by_key: dict[Any, _Item] = {}
         for name in keys:
-            key = flight._key((name,))
-            h = hash_key(key)
+            key, h, shard = flight.place((name,))
             item = by_key.get(key)
             if item is None:
-                item = by_key[key] = _Item(key, h, flight._shard_of(key, h))
+                item = by_key[key] = _Item(key, h, shard)
                 self.items.append(item)
             item.names.append(name)
 
@@ -94,7 +93,7 @@ class _Batch:
         led: list[_Item] = []
         for item in self.items:
             item.seat = (item.key, *leader)
-            item.joined = item.shard.join(item.h, item.seat, waiter)
+            item.joined = item.shard.join(item.h, item.seat, waiter, None)
             item.led = item.joined is None
             if item.joined is None:
                 led.append(item)
@@ -330,7 +329,9 @@ async def _run(
     """The task of a run for many keys. What `fn` raises is kept in the batch."""
     run.pending = {id(item.seat) for item in items}
     try:
-        await begin_run(run)
+        if run.paused:
+            await pause()
+        begin_run(run)
         awaitable = fn([item.names[0] for item in items])
         if not inspect.isawaitable(awaitable):
             run.error = not_awaitable(awaitable)

@@ -13,11 +13,12 @@ import threading
 from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Any
+from typing import Any, Final
 
-from ._core import Execution, Run
+from ._core import End, Execution, Run
 
 __all__ = [
+    "TAKE_OVER",
     "Inbox",
     "LoopRun",
     "Sleeper",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 # -- sleeping and waking --------------------------------------------------------------------------
+
+#: What a coroutine's future is told if its caller is to lead.
+TAKE_OVER: Final = object()
 
 
 class Waiter:
@@ -126,17 +130,17 @@ def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *ar
 def wake_all(execution: Execution) -> None:
     """Wakes all who wait for an execution that has ended; one call for each foreign loop."""
     here = asyncio._get_running_loop()
-    elsewhere: dict[asyncio.AbstractEventLoop, list[asyncio.Future[bool]]] = {}
+    elsewhere: dict[asyncio.AbstractEventLoop, list[asyncio.Future[Any]]] = {}
     first_error: BaseException | None = None
     failed: list[Any] = []
-    for waiter in execution.waiters or ():
+    # One tuple for all coroutines; None: each makes its own exception.
+    answer = (execution.value, execution.shared) if execution.end is End.VALUE else None
+    for waiter, loop in (execution.waiters or {}).items():
         try:
-            if isinstance(waiter, Waiter):
+            if loop is None:
                 waiter.wake(execution)
-                continue
-            loop = waiter.get_loop()
-            if loop is here:
-                waiter.set_result(False)
+            elif loop is here:
+                waiter.set_result(answer)
             else:
                 elsewhere.setdefault(loop, []).append(waiter)
         except asyncio.InvalidStateError:
@@ -146,22 +150,22 @@ def wake_all(execution: Execution) -> None:
             if first_error is None:
                 first_error = error
     for loop, futures in elsewhere.items():
-        _call_in(loop, _wake_futures, futures)
+        _call_in(loop, _wake_futures, futures, answer)
     # A callback is not called twice, and a signal handler seldom interrupts twice.
     for waiter in failed:
         if isinstance(waiter, Waiter):
             waiter.wake(execution)
         else:
-            _call_in(waiter.get_loop(), _wake_futures, [waiter])
+            _call_in(waiter.get_loop(), _wake_futures, [waiter], answer)
     execution.waiters = {}  # they hold the execution, too
     if first_error is not None:
         raise first_error
 
 
-def _wake_futures(futures: "list[asyncio.Future[bool]]") -> None:
+def _wake_futures(futures: "list[asyncio.Future[Any]]", answer: tuple[Any, bool] | None) -> None:
     for future in futures:
         if not future.done():
-            future.set_result(False)
+            future.set_result(answer)
 
 
 def offer(execution: Execution, heir: Any, refused: Callable[[], None]) -> bool:
@@ -182,13 +186,13 @@ def offer(execution: Execution, heir: Any, refused: Callable[[], None]) -> bool:
     return _call_in(heir.get_loop(), _promote_or, heir, refused)
 
 
-def _promote(future: "asyncio.Future[bool]") -> bool:
+def _promote(future: "asyncio.Future[Any]") -> bool:
     if not future.done():
-        future.set_result(True)
+        future.set_result(TAKE_OVER)
     return not future.cancelled()
 
 
-def _promote_or(future: "asyncio.Future[bool]", refused: Callable[[], None]) -> None:
+def _promote_or(future: "asyncio.Future[Any]", refused: Callable[[], None]) -> None:
     if not _promote(future):
         refused()
 
@@ -219,6 +223,7 @@ class LoopRun(Run):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.thread = get_ident()
+        #: The flight's task; while it runs, and from its first step on.
         self.task: asyncio.Task[None] | None = None
         #: The coroutine has been begun before its task: see `ShardedFlight._start`.
         self.paused = False
@@ -229,7 +234,7 @@ class LoopRun(Run):
         self.value: Any = None
         self.shared = False
         self.error: BaseException | None = None
-        #: Of a run for many keys: the executions that somebody still wants, by the ids of their seats.
+        #: Of a run for many keys: the executions that somebody still wants, by their seats' ids.
         self.pending: set[int] | None = None
         #: What the tasks in its context wait for, by the futures that they await: see `_deadlock`.
         self.waits: dict[asyncio.Future[Any], tuple[Any, Sequence[Execution]]] | None = None
