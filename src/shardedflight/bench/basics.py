@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import threading
-from time import perf_counter_ns, process_time_ns
+import time
 
 import shardedflight
 
@@ -13,7 +13,7 @@ FORM = "compiled" if getattr(shardedflight, "__compiled__", False) else "plain"
 #: Where nothing waits for another thread, the clock is the processor time of the process: a machine
 #: that is busy with other things would stretch the longer side of a pair more than the shorter one.
 #: Windows counts processor time in steps that are longer than a round.
-clock = perf_counter_ns if sys.platform == "win32" else process_time_ns
+clock = time.perf_counter_ns if sys.platform == "win32" else time.process_time_ns
 
 
 def constant() -> int:

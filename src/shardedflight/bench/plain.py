@@ -102,10 +102,10 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
                 command = json.loads(line)
                 if command is None:
                     break
-                number, side = command
+                number: int = command[0]
                 pair = contenders[number].pair
                 assert pair is not None
-                answer(undisturbed(pair.ours if side == "ours" else pair.floor))
+                answer(undisturbed(pair.ours if command[1] == "ours" else pair.floor))
         answer(None)
 
 

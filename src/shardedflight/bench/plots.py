@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from shardedflight.bench.measure import Result, Unit
-from shardedflight.bench.report import by_whom, fitted, groups, in_words, surroundings
+from shardedflight.bench.report import by_whom, compared, fitted, groups, in_words, surroundings
 from shardedflight.bench.scaling import Grid, Point, Workload
 
 _STYLE: dict[Any, str | float | bool] = {
@@ -52,7 +52,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def _bars(results: Sequence[Result], label: str) -> Figure:
     """One bar for each figure, with its quartiles and its target."""
-    lines = len(results) + 2 * len(list(groups(results)))
+    lines = len(results) + 2.3 * len(list(groups(results)))
     figure = Figure((9, 1.2 + 0.2 * lines), layout="constrained")
     axes = figure.subplots()
     at = 0.0
@@ -60,14 +60,13 @@ def _bars(results: Sequence[Result], label: str) -> Figure:
     places: list[float] = []
     for subject, members in groups(results):
         axes.annotate(
-            f"{subject.what}, against {subject.against}".replace("`", ""),
+            f"{subject.what}\nagainst {subject.against}".replace("`", ""),
             (0, at),
             xycoords=("axes fraction", "data"),
             verticalalignment="center",
             fontsize=8,
-            fontweight="bold",
         )
-        at += 1
+        at += 1.3
         for result in members:
             figures = result.figures
             assert figures is not None
@@ -75,7 +74,7 @@ def _bars(results: Sequence[Result], label: str) -> Figure:
             value = max(figures.figure, 0.1)
             axes.barh(at, value, color=_MET[result.met], height=0.8)
             axes.annotate(
-                f" {figures.figure:,.0f}" if subject.unit is Unit.BYTES else f" {value:.2f}",
+                f" {compared(figures.figure, subject.unit)}",
                 (value, at),
                 verticalalignment="center",
                 fontsize=7,
@@ -88,7 +87,7 @@ def _bars(results: Sequence[Result], label: str) -> Figure:
             at += 1
         at += 0.5
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_number))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(places, names, fontsize=7)
     axes.set_ylim(at, -1)
@@ -101,6 +100,10 @@ def _bars(results: Sequence[Result], label: str) -> Figure:
 
 
 _CURVES = {"keys-in-flight": "keys in flight", "followers-curve": "followers of one key"}
+
+
+def _number(value: float, _: int | None) -> str:
+    return f"{value:,g}"
 
 
 def _curves(results: Sequence[Result]) -> Figure:
@@ -154,7 +157,7 @@ def _scaling(grid: Grid) -> Figure:
         axes.set_title(workload.value)
         axes.set_xlabel("threads")
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(_number))
         axes.set_ylim(bottom=0)
         axes.grid(visible=True)
     left.set_ylabel("million calls per second, all threads together")
@@ -171,7 +174,7 @@ def _draw_model(axes: Axes, grid: Grid, workload: Workload) -> None:
     law = fitted(grid, workload, None)
     alone = grid.median(Point(workload, None, 1)) / 1e6
     most = grid.threads[-1]
-    counts = [1 + step / 20 * (4 * most - 1) for step in range(21)]
+    counts = [1 + step / 100 * (4 * most - 1) for step in range(101)]
     low = [alone * law.coherency.speed_up(count) for count in counts]
     high = [alone * law.contention.speed_up(count) for count in counts]
     axes.fill_between(counts, low, high, color="grey", alpha=0.15, linewidth=0)

@@ -88,7 +88,12 @@ def amount(value: float, unit: Unit) -> str:
 
 def compared(value: float, unit: Unit) -> str:
     """Writes a ratio or a difference."""
-    return amount(value, unit) if unit is Unit.BYTES else f"{value:.2f}x"
+    return amount(value, unit) if unit is Unit.BYTES else f"{_digits(value)}x"
+
+
+def _digits(value: float) -> str:
+    """Writes a ratio with as many digits as mean something."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def target_in_words(result: Result) -> str:
@@ -111,12 +116,12 @@ def cells(result: Result) -> list[str]:
     if result.figures is None:
         return ["", "", result.absent, "", target_in_words(result), met]
     figures = result.figures
-    digits = ",.0f" if unit is Unit.BYTES else ".2f"
+    digits = "{:,.0f}".format if unit is Unit.BYTES else _digits
     return [
         amount(figures.ours, unit),
         amount(figures.floor, unit),
         compared(figures.figure, unit),
-        f"{figures.lower_quartile:{digits}}–{figures.upper_quartile:{digits}}",  # noqa: RUF001
+        f"{digits(figures.lower_quartile)} to {digits(figures.upper_quartile)}",
         target_in_words(result),
         met,
     ]
@@ -164,7 +169,7 @@ def _columns(lines: Sequence[Sequence[str | Text]], style: str = "") -> Table:
     """Returns a part of the table whose columns are as wide as all other parts'."""
     table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), expand=True, style=style)
     table.add_column(ratio=1)
-    for width in (8, 8, 8, 11, 10):
+    for width in (8, 8, 8, 14, 10):
         table.add_column(justify="right", width=width, no_wrap=True)
     table.add_column(width=_BAR, no_wrap=True)
     for line in lines:
