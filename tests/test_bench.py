@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,7 @@ def test_the_grid_of_threads_and_shards_is_whole(quick_run: Run) -> None:
     points = quick_run.figures["scaling"]["points"]
     for workload in ("own keys", "same keys"):
         found = {(p["shards"], p["threads"]) for p in points if p["workload"] == workload}
-        assert {
-            (shards, threads) for shards in (1, 4, 16, 64, 256, None) for threads in (1, 2)
-        } <= (found)
+        assert set(product((1, 4, 16, 64, 256, None), (1, 2))) <= found
     for point in points:
         assert all(rate > 0 for rate in point["calls_per_second"])
     assert [row["point"] for row in quick_run.rows("scaling")][:4] == [
@@ -405,9 +404,12 @@ def test_a_compiled_installation_measures_the_plain_form_beside_it(
 
 
 def test_a_worker_that_has_ended_is_an_error_that_says_so() -> None:
-    with plain.worker() as worker, pytest.raises(RuntimeError, match="has ended"):
-        with worker.prepare("no such benchmark", quick=True):
-            pass
+    with (
+        plain.worker() as worker,
+        pytest.raises(RuntimeError, match="has ended"),
+        worker.prepare("no such benchmark", quick=True),
+    ):
+        pass
 
 
 # Measuring.
