@@ -1,7 +1,6 @@
 """The command line."""
 
 import argparse
-import gc
 import json
 import shlex
 import sys
@@ -148,28 +147,22 @@ def measure_all(
     results: list[Result] = []
     grid: scaling.Grid | None = None
     chosen = [benchmark for benchmark in benchmarks(quick=quick) if benchmark.name in names]
-    # What has been imported is no longer the collector's business.
-    gc.collect()
-    gc.freeze()
-    try:
-        with ExitStack() as stack:
-            begin = stack.enter_context(_progress(len(set(names))))
-            worker: plain.Worker | None = None
-            if FORM == "compiled" and "plain" not in without and chosen:
-                worker = stack.enter_context(plain.worker())
-            for benchmark in chosen:
-                on_round = begin(benchmark.name, benchmark.rounds)
-                with ExitStack() as prepared:
-                    contenders = prepare(
-                        benchmark, prepared, worker, peers="peers" not in without, quick=quick
-                    )
-                    results += measure(benchmark, contenders, on_round)
-            if scaling.SUBJECT.name in names:
-                on_step = begin(scaling.SUBJECT.name, scaling.steps(quick=quick))
-                grid = scaling.measure_grid(quick=quick, on_step=on_step)
-                results += scaling.results_of(grid)
-    finally:
-        gc.unfreeze()
+    with ExitStack() as stack:
+        begin = stack.enter_context(_progress(len(set(names))))
+        worker: plain.Worker | None = None
+        if FORM == "compiled" and "plain" not in without and chosen:
+            worker = stack.enter_context(plain.worker())
+        for benchmark in chosen:
+            on_round = begin(benchmark.name, benchmark.rounds)
+            with ExitStack() as prepared:
+                contenders = prepare(
+                    benchmark, prepared, worker, peers="peers" not in without, quick=quick
+                )
+                results += measure(benchmark, contenders, on_round)
+        if scaling.SUBJECT.name in names:
+            on_step = begin(scaling.SUBJECT.name, scaling.steps(quick=quick))
+            grid = scaling.measure_grid(quick=quick, on_step=on_step)
+            results += scaling.results_of(grid)
     return results, grid
 
 

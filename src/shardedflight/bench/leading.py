@@ -219,16 +219,13 @@ def among(counts: Sequence[int]) -> Prepare:
         flights = [ShardedFlight() for _ in counts]
         keys = keys_in_order(min(calls, 100_000))
         with ExitStack() as stack:
+            # It would look for garbage among the executions again and again.
             gc.disable()
             try:
                 for flight, count in zip(flights, counts, strict=True):
                     stack.enter_context(in_flight(flight, count))
             finally:
                 gc.enable()
-            # The collector would go through a million executions before each side.
-            gc.collect()
-            gc.freeze()
-            stack.callback(gc.unfreeze)
             floor = flights[0]
             yield [
                 Contender(

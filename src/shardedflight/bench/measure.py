@@ -11,8 +11,8 @@ The collector is off while a side runs, and collects before it.
 
 import gc
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, TypeAlias
@@ -135,21 +135,8 @@ def measure(
     benchmark: Benchmark, contenders: Sequence[Contender], on_round: Callable[[], object]
 ) -> list[Result]:
     """Measures all contenders of a benchmark, calling `on_round` after each round."""
-    pairs = [contender.pair for contender in contenders if contender.pair is not None]
-    costs: dict[Pair, list[tuple[float, float]]] = {pair: [] for pair in pairs}
-    for pair in pairs:
-        undisturbed(pair.ours)
-        undisturbed(pair.floor)
-    for number in range(benchmark.rounds):
-        for pair in pairs:
-            if number % 2 == 0:
-                ours = undisturbed(pair.ours)
-                floor = undisturbed(pair.floor)
-            else:
-                floor = undisturbed(pair.floor)
-                ours = undisturbed(pair.ours)
-            costs[pair].append((ours, floor))
-        on_round()
+    with unwatched():
+        costs = _costs(benchmark, contenders, on_round)
     return [
         Result(
             subject=benchmark,
@@ -167,6 +154,28 @@ def measure(
         )
         for contender in contenders
     ]
+
+
+def _costs(
+    benchmark: Benchmark, contenders: Sequence[Contender], on_round: Callable[[], object]
+) -> dict[Pair, list[tuple[float, float]]]:
+    """Returns what both sides of each pair took in each round."""
+    pairs = [contender.pair for contender in contenders if contender.pair is not None]
+    costs: dict[Pair, list[tuple[float, float]]] = {pair: [] for pair in pairs}
+    for pair in pairs:
+        undisturbed(pair.ours)
+        undisturbed(pair.floor)
+    for number in range(benchmark.rounds):
+        for pair in pairs:
+            if number % 2 == 0:
+                ours = undisturbed(pair.ours)
+                floor = undisturbed(pair.floor)
+            else:
+                floor = undisturbed(pair.floor)
+                ours = undisturbed(pair.ours)
+            costs[pair].append((ours, floor))
+        on_round()
+    return costs
 
 
 def figures_of(costs: Iterable[tuple[float, float]], unit: Unit) -> Figures:
@@ -189,6 +198,17 @@ def figures_of(costs: Iterable[tuple[float, float]], unit: Unit) -> Figures:
         lower_quartile=lower,
         upper_quartile=upper,
     )
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Keeps all that there is from the collector, which runs before each side."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def undisturbed(side: Side) -> float:

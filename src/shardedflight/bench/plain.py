@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from shardedflight.bench.basics import FORM
 from shardedflight.bench.benchmarks import benchmarks
-from shardedflight.bench.measure import Contender, Pair, undisturbed
+from shardedflight.bench.measure import Contender, Pair, undisturbed, unwatched
 
 #: Seconds that the worker has to end by itself.
 _PATIENCE = 10.0
@@ -96,7 +96,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
     for request in requests:
         name, quick = json.loads(request)
         benchmark = next(one for one in benchmarks(quick=quick) if one.name == name)
-        with benchmark.prepare(benchmark.operations) as contenders:
+        with benchmark.prepare(benchmark.operations) as contenders, unwatched():
             answer([contender.point for contender in contenders])
             for line in requests:
                 command = json.loads(line)

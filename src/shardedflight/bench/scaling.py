@@ -18,7 +18,7 @@ from time import perf_counter_ns
 
 from shardedflight import ShardedFlight
 from shardedflight.bench.basics import FORM, constant, keys_in_order
-from shardedflight.bench.measure import Result, Subject, Unit, figures_of, undisturbed
+from shardedflight.bench.measure import Result, Subject, Unit, figures_of, undisturbed, unwatched
 from shardedflight.bench.targets import (
     ONE_SHARD,
     OWN_KEYS,
@@ -128,13 +128,13 @@ def measure_grid(*, quick: bool, on_step: Callable[[], object]) -> Grid:
     seconds = _QUICK_SECONDS if quick else _SECONDS
     flights = {shards: ShardedFlight(shards) for shards in (*SHARDS, None)}
     rates: dict[Point, list[float]] = {point: [] for point in points()}
-    for number in range(_rounds(quick=quick)):
-        order = list(points())
-        for point in order if number % 2 == 0 else reversed(order):
-            flight = flights[point.shards]
-            rate = undisturbed(partial(_rate, point, flight, seconds))
-            rates[point].append(rate)
-            on_step()
+    order = list(points())
+    with unwatched():
+        for number in range(_rounds(quick=quick)):
+            for point in order if number % 2 == 0 else reversed(order):
+                flight = flights[point.shards]
+                rates[point].append(undisturbed(partial(_rate, point, flight, seconds)))
+                on_step()
     return Grid(flights[None].shards, thread_counts(), seconds, rates)
 
 
