@@ -28,9 +28,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measures what a flight costs, as ratios within one run.",
         epilog=(
-            "The whole takes about ten minutes. It takes less with --only (`scaling` and\n"
-            "`follower-threads` are the longest), with --without peers or --without plain, and\n"
-            "with --quick, whose figures only show that everything works.\n\n"
+            "The whole takes five to ten minutes on two cores. It takes less with --only\n"
+            "(`scaling` and `follower-threads` are the longest), with --without peers or\n"
+            "--without plain, and with --quick, whose figures only show that it all works.\n\n"
             f"Benchmarks: {', '.join(NAMES)}."
         ),
     )

@@ -208,10 +208,23 @@ def lead_over(flight: ShardedFlight, keys: Sequence[str], calls: int) -> float:
     return (clock() - start) / calls
 
 
+def bare_loop_over(table: dict[str, int], keys: Sequence[str], calls: int) -> float:
+    """The same without a flight: what the table alone costs."""
+    fn = constant
+    start = clock()
+    for _ in repeat(None, calls // len(keys)):
+        for key in keys:
+            table[key] = 1
+            fn()
+            del table[key]
+    return (clock() - start) / calls
+
+
 def among(counts: Sequence[int]) -> Prepare:
     """Makes the preparation of the benchmark of calls among many others' keys in flight.
 
-    The first of `counts` is the floor under all; compared with itself it shows the noise.
+    The first of `counts` is the floor under all; compared with itself it shows the noise. The last
+    is also measured of a bare dict with as many keys.
     """
 
     @contextmanager
@@ -227,7 +240,7 @@ def among(counts: Sequence[int]) -> Prepare:
             finally:
                 gc.enable()
             floor = flights[0]
-            yield [
+            contenders = [
                 Contender(
                     FORM,
                     Pair(
@@ -238,5 +251,14 @@ def among(counts: Sequence[int]) -> Prepare:
                 )
                 for flight, count in zip(flights, counts, strict=True)
             ]
+            few, many = (
+                dict.fromkeys(keys_in_order(count, "in flight"), 1)
+                for count in (counts[0], counts[-1])
+            )
+            bare = Pair(
+                partial(bare_loop_over, many, keys, calls),
+                partial(bare_loop_over, few, keys, calls),
+            )
+            yield [*contenders, Contender("bare loop", bare, point=f"{counts[-1]:,} keys")]
 
     return prepare

@@ -34,7 +34,7 @@ def pictures(results: Sequence[Result], grid: Grid | None) -> Iterator[tuple[str
     with rc_context(_STYLE):
         times = [one for one in results if one.figures and one.subject.unit is not Unit.BYTES]
         memory = [one for one in results if one.figures and one.subject.unit is Unit.BYTES]
-        curves = [one for one in times if one.subject.name in _CURVES]
+        curves = [one for one in times if one.subject.name in _CURVES and one.who in _FORMS]
         if times:
             yield "ratios.png", _bars(times, "times the floor, on a logarithmic scale")
         if memory:
@@ -73,15 +73,18 @@ def _bars(results: Sequence[Result], label: str) -> Figure:
             # A logarithmic scale has no place for what is not above 0.
             value = max(figures.figure, 0.1)
             axes.barh(at, value, color=_MET[result.met], height=0.8)
-            axes.annotate(
-                f" {compared(figures.figure, subject.unit)}",
-                (value, at),
-                verticalalignment="center",
-                fontsize=7,
-            )
+            label_at = value
             if result.target is not None:
                 target = result.target.value
                 axes.plot([target] * 2, [at - 0.45, at + 0.45], color="black", linewidth=2)
+                # Where the two would lie on each other.
+                label_at = target if value < target < 1.5 * value else value
+            axes.annotate(
+                f" {compared(figures.figure, subject.unit)}",
+                (label_at, at),
+                verticalalignment="center",
+                fontsize=7,
+            )
             names.append(by_whom(result))
             places.append(at)
             at += 1
@@ -91,14 +94,16 @@ def _bars(results: Sequence[Result], label: str) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(places, names, fontsize=7)
     axes.set_ylim(at, -1)
-    axes.set_xlabel(
-        f"{label}; green reaches the target (black), red does not\n{in_words(surroundings())}"
+    figure.supxlabel(
+        f"{label}; green reaches the target (black), red does not\n{in_words(surroundings())}",
+        fontsize=7,
     )
     axes.set_axisbelow(True)
     axes.grid(visible=True, axis="x")
     return figure
 
 
+_FORMS = {"compiled", "plain"}
 _CURVES = {"keys-in-flight": "keys in flight", "followers-curve": "followers of one key"}
 
 

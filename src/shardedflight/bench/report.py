@@ -77,7 +77,7 @@ def amount(value: float, unit: Unit) -> str:
         case Unit.BYTES:
             return f"{value:,.0f} B"
         case Unit.CALLS_PER_SECOND:
-            return f"{value / 1e6:.2f} M/s"
+            return f"{value / 1e6:.3g} M/s"
         case Unit.NANOSECONDS if value < 1e4:
             return f"{value:,.0f} ns"
         case Unit.NANOSECONDS if value < 1e7:

@@ -38,7 +38,7 @@ SUBJECT = Subject(
 
 SHARDS = (1, 4, 16, 64, 256)
 _KEYS = 10_000
-_ROUNDS = 5
+_ROUNDS = 9
 _SECONDS = 0.5
 _QUICK_SECONDS = 0.01
 
@@ -120,7 +120,7 @@ def steps(*, quick: bool) -> int:
 
 
 def _rounds(*, quick: bool) -> int:
-    return 2 if quick else _ROUNDS
+    return 1 if quick else _ROUNDS
 
 
 def measure_grid(*, quick: bool, on_step: Callable[[], object]) -> Grid:
@@ -201,7 +201,7 @@ def results_of(grid: Grid) -> list[Result]:
             Point(Workload.ONE_FUNCTION, None, 2),
             Point(Workload.ONE_FUNCTION, None, 1),
         ),
-        "bare loops, a dict for each thread, 2 threads / 1": (
+        "a dict for each thread, 2 threads / 1": (
             Point(Workload.BARE_LOOP, None, 2),
             Point(Workload.BARE_LOOP, None, 1),
         ),
@@ -214,7 +214,7 @@ def results_of(grid: Grid) -> list[Result]:
     return [
         Result(
             subject=SUBJECT,
-            who=FORM if first.workload is not Workload.BARE_LOOP else "no flight",
+            who=FORM if first.workload is not Workload.BARE_LOOP else "bare loop",
             point=point,
             operations=_KEYS,
             target=target_of(SUBJECT.name, point, FORM),
