@@ -124,7 +124,7 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
             blind_to="what comes before the first is awake; the system's scheduler is most of it",
             unit=Unit.NANOSECONDS,
             operations=operations(500),
-            rounds=rounds(31),
+            rounds=rounds(21),
             prepare=following.following_threads,
             prepare_peers=peers.following_threads,
         ),

@@ -134,72 +134,73 @@ def wake(ask: Ask, followers: int, asleep: Callable[[], bool] = lambda: True) ->
         followers: How many threads wait.
         asleep: Tells whether all do.
     """
-    executions = 0
-    for _ in range(_TRIES):
-        awake, executions = _wake(ask, followers, asleep)
-        # A thread that the system kept from its call until the others' was over leads once more.
-        if executions == 1:
-            return max(awake) - min(awake)
-    raise RuntimeError(f"executions: expected 1, found {executions}")
-
-
-def _wake(ask: Ask, followers: int, asleep: Callable[[], bool]) -> tuple[list[int], int]:
-    """Returns when each thread woke, and how many executions that took."""
-    inside, end = threading.Event(), threading.Event()
-    arrived = threading.Semaphore(0)
     executions: list[None] = []
-    awake: list[int] = []
+    for _ in range(_TRIES):
+        executions.clear()
+        inside, end = threading.Event(), threading.Event()
 
-    def fn() -> int:
-        executions.append(None)
-        inside.set()
-        end.wait()
-        return 1
+        def fn(inside: threading.Event = inside, end: threading.Event = end) -> int:
+            executions.append(None)
+            inside.set()
+            end.wait()
+            return 1
 
-    call = ask(fn)
-
-    def body() -> None:
-        arrived.release()
-        call()
-        awake.append(perf_counter_ns())
-
-    leader = threading.Thread(target=call)
-    leader.start()
-    inside.wait()
-    threads = [threading.Thread(target=body) for _ in range(followers)]
-    for thread in threads:
-        thread.start()
-    await_all(arrived, followers)
-    sleep(_SETTLED)
-    while not asleep():
-        sleep(_SETTLED)
-    end.set()
-    for thread in [leader, *threads]:
-        thread.join()
-    expect(len(awake), followers, "threads awake")
-    return awake, len(executions)
+        call = ask(fn)
+        leader = threading.Thread(target=call)
+        leader.start()
+        inside.wait()
+        span = _span([call] * followers, end.set, asleep)
+        leader.join()
+        # A thread that the system kept from its call until the others' was over leads once more.
+        if len(executions) == 1:
+            return span
+    raise RuntimeError(f"executions: expected 1, found {len(executions)}")
 
 
 def wake_by_locks(threads_wanted: int) -> float:
     """The floor under threads that follow: a lock for each, released in a loop."""
-    arrived = threading.Semaphore(0)
     locks = [threading.Lock() for _ in range(threads_wanted)]
+    for lock in locks:
+        lock.acquire()
+
+    def release() -> None:
+        for lock in locks:
+            lock.release()
+
+    return _span([lock.acquire for lock in locks], release, lambda: True)
+
+
+def _span(
+    waits: Sequence[Callable[[], object]], release: Callable[[], None], asleep: Callable[[], bool]
+) -> float:
+    """Lets one thread wait in each of `waits` until `release()`; returns first to last awake."""
+    arrived = threading.Semaphore(0)
     awake: list[int] = []
+    all_awake = threading.Event()
+    leave = threading.Lock()
 
-    def body(lock: threading.Lock) -> None:
+    def body(wait: Callable[[], object]) -> None:
         arrived.release()
-        lock.acquire()
-        awake.append(perf_counter_ns())
+        try:
+            wait()
+        finally:
+            awake.append(perf_counter_ns())
+            if len(awake) == len(waits):
+                all_awake.set()
+            # To end costs a thread more than to wake, and would be in the others' way.
+            with leave:
+                pass
 
-    threads = [threading.Thread(target=body, args=(lock,)) for lock in locks]
-    for lock in locks:
-        lock.acquire()
-    for thread in threads:
-        thread.start()
-    await_all(arrived, threads_wanted)
-    sleep(_SETTLED)
-    for lock in locks:
-        lock.release()
+    threads = [threading.Thread(target=body, args=(wait,)) for wait in waits]
+    with leave:
+        for thread in threads:
+            thread.start()
+        await_all(arrived, len(threads))
+        sleep(_SETTLED)
+        while not asleep():
+            sleep(_SETTLED)
+        release()
+        all_awake.wait()
     for thread in threads:
         thread.join()
     return max(awake) - min(awake)
