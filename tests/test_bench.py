@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("rich", reason="the extra `bench` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
 
-from shardedflight.bench import command, peers, plain, scaling
+from shardedflight.bench import command, peers, plain, report, scaling
 from shardedflight.bench.basics import FORM, expect
 from shardedflight.bench.measure import Benchmark, Contender, Pair, Result, Side, Unit, measure
 from shardedflight.bench.model import Law, fit
@@ -246,7 +246,7 @@ def test_the_grid_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert "| 0.01 s a point | own keys, 1 thread | own keys, 2 threads | " in shown
     assert "| 256 shards | " in shown
-    assert "\nA model, not a measurement: " in shown
+    assert "A model, not a measurement: " in shown
 
 
 # The command line.
@@ -548,6 +548,15 @@ def test_no_coefficient_is_below_nothing(rates: dict[int, list[float]]) -> None:
     for law in (found.contention, found.coherency):
         assert law.sigma >= 0
         assert law.kappa >= 0
+
+
+@pytest.mark.parametrize(
+    ("gil", "two", "busy"), [(False, 1.5, True), (False, 1.9, False), (True, 1.0, False)]
+)
+def test_a_busy_machine_is_told(gil: bool, two: float, busy: bool) -> None:
+    rates = {point: [1e6 * (two if point.threads == 2 else 1)] for point in scaling.points()}
+    said = report.in_all(scaling.Grid(1, scaling.thread_counts(), 0.5, rates), gil=gil)
+    assert ("The machine was not free" in said) == busy
 
 
 def test_threads_are_counted_up_to_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,10 @@ from shardedflight.bench.basics import FORM
 from shardedflight.bench.measure import Result, Subject, Unit
 from shardedflight.bench.model import Fit, fit
 from shardedflight.bench.scaling import Grid, Point, Workload
+from shardedflight.bench.targets import GIL
+
+#: How many times as fast as one thread two are that have nothing in common, on two free cores.
+_FREE = 1.8
 
 #: Characters of the longest bar.
 _BAR = 12
@@ -169,7 +173,7 @@ def _columns(lines: Sequence[Sequence[str | Text]], style: str = "") -> Table:
     """Returns a part of the table whose columns are as wide as all other parts'."""
     table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), expand=True, style=style)
     table.add_column(ratio=1)
-    for width in (8, 8, 8, 14, 10):
+    for width in (9, 9, 8, 16, 10):
         table.add_column(justify="right", width=width, no_wrap=True)
     table.add_column(width=_BAR, no_wrap=True)
     for line in lines:
@@ -219,7 +223,7 @@ def scaling_table(grid: Grid) -> Table:
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    table.caption = in_model(grid)
+    table.caption = in_all(grid)
     return table
 
 
@@ -243,6 +247,18 @@ def _scaling(grid: Grid) -> tuple[list[str], list[list[str]]]:
 def fitted(grid: Grid, workload: Workload, shards: int | None) -> Fit:
     """Fits the universal scalability law to one line of the grid."""
     return fit({threads: grid.rates[Point(workload, shards, threads)] for threads in grid.threads})
+
+
+def in_all(grid: Grid, *, gil: bool = GIL) -> str:
+    """Says whether the machine was free, and what the model says."""
+    two, one = (grid.median(Point(Workload.BARE_LOOP, None, threads)) for threads in (2, 1))
+    busy = (
+        f"The machine was not free: two threads with nothing in common were {two / one:.2f}x as "
+        "fast as one, and the figures of two threads are of that. "
+        if not gil and two < _FREE * one
+        else ""
+    )
+    return busy + in_model(grid)
 
 
 def in_model(grid: Grid) -> str:
@@ -288,7 +304,7 @@ def as_markdown(results: Sequence[Result], grid: Grid | None, command: str) -> s
         names, rows = _scaling(grid)
         lines += ["", f"| {' | '.join(names)} |", f"|---{'|--:' * (len(names) - 1)}|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
-        lines += ["", in_model(grid)]
+        lines += ["", in_all(grid)]
     return "\n".join(lines) + "\n"
 
 
