@@ -280,7 +280,7 @@ def test_a_file_that_cannot_be_written_in_the_end_is_one_sentence(
 ) -> None:
     only(made_up(costs(1, 1, 1, 1), costs(1, 1, 1, 1)), monkeypatch)
     (tmp_path / "figures.json").mkdir()
-    assert command.main(["--keep", str(tmp_path)]) == 2
+    assert command.main(["--without", "plain", "--keep", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("Cannot write the figures to ")
 
 

@@ -26,7 +26,7 @@ from shardedflight.bench.targets import GIL
 _FREE = 1.8
 
 #: Characters of the longest bar.
-_BAR = 12
+_BAR = 9
 
 
 def surroundings() -> dict[str, Any]:
@@ -81,7 +81,7 @@ def amount(value: float, unit: Unit) -> str:
         case Unit.BYTES:
             return f"{value:,.0f} B"
         case Unit.CALLS_PER_SECOND:
-            return f"{value / 1e6:.3g} M/s"
+            return f"{value / 1e6:.{2 if value < 1e7 else 1}f} M/s"
         case Unit.NANOSECONDS if value < 1e4:
             return f"{value:,.0f} ns"
         case Unit.NANOSECONDS if value < 1e7:
@@ -173,7 +173,7 @@ def _columns(lines: Sequence[Sequence[str | Text]], style: str = "") -> Table:
     """Returns a part of the table whose columns are as wide as all other parts'."""
     table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), expand=True, style=style)
     table.add_column(ratio=1)
-    for width in (9, 9, 8, 16, 10):
+    for width in (8, 8, 8, 16, 10):
         table.add_column(justify="right", width=width, no_wrap=True)
     table.add_column(width=_BAR, no_wrap=True)
     for line in lines:
