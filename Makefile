@@ -25,11 +25,19 @@ unusable = $(if $(VERSION),$(if $(filter old,$(VERSION)),$(error \
 env = .venv/$1-$(KEY)
 run = $(call env,$1)/bin/python -m
 
-.venv/%-$(KEY)/made: requirements/%.txt requirements/build.txt pyproject.toml
+# Other libraries to compare with: one that cannot be installed is not measured, and that is said.
+peers = $1 -m pip install --disable-pip-version-check --quiet --no-deps -r requirements/peers.txt || \
+	grep -v "^\#" requirements/peers.txt | while read -r peer; do \
+		$1 -m pip install --disable-pip-version-check --quiet --no-deps "$$peer" || \
+			echo "Without $$peer"; \
+	done
+
+.venv/%-$(KEY)/made: requirements/%.txt requirements/peers.txt requirements/build.txt pyproject.toml
 	$(unusable)@echo "Making $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --disable-pip-version-check \
 		-r requirements/build.txt -r requirements/$*.txt
+	@$(if $(filter bench test,$*),$(call peers,$(@D)/bin/python))
 	@touch $@
 
 .PRECIOUS: .venv/%-$(KEY)/made
@@ -57,7 +65,7 @@ help:
 	@echo "make test    the tests, of the plain core and of the compiled one (ARGS=\"-k forget\");"
 	@echo "             test-plain and test-compiled run one half, test-wheel the built wheel's"
 	@echo "make check   lint, formatting, types and import layering"
-	@echo "make bench   one table of measured ratios (ARGS=--help)"
+	@echo "make bench   the dashboard of measured ratios (ARGS=--help)"
 	@echo "make docs    the documents' links and code blocks"
 	@echo "make pins    resolve requirements/*.txt anew from pyproject.toml"
 	@echo "make clean   remove everything that these made"
@@ -108,12 +116,13 @@ pins: .venv/pins-$(KEY)/made
 		-o requirements/test.txt
 	@$(resolve) --extra demo -c requirements/check.txt pyproject.toml -o requirements/demo.txt
 	@$(resolve) --extra bench -c requirements/check.txt pyproject.toml -o requirements/bench.txt
+	@$(resolve) --extra peers -c requirements/check.txt pyproject.toml -o requirements/peers.txt
 	@$(call env,pins)/bin/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
 		| tr " " "\n" | $(resolve) -c requirements/check.txt - -o requirements/build.txt
 
 clean:
-	rm -rf .venv build dist src/*.egg-info shardedflight-demo.html
+	rm -rf .venv bench-results build dist src/*.egg-info shardedflight-demo.html
 	rm -f src/shardedflight/*.so src/shardedflight/*.pyd
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,72 +1,108 @@
 """How two ways of doing the same are compared.
 
 Times of one machine mean little on another, and little even on the same machine an hour later.
-So no time is judged here. A row measures a pair, this library and a floor under it, in rounds
-that alternate between the two and swap their order each time; every round gives one ratio, and
-the row's figure is the median of those. A slow phase of the machine falls on both.
+So no time is judged here. A benchmark has a pair for each contender: the contender, and the floor
+under it. Rounds go through all pairs, and swap the order within each pair every time; a round gives
+one ratio for each contender, and its figure is the median of those. A slow phase of the machine
+falls on both sides of a pair.
 
 The collector is off while a side runs, and collects before it.
 """
 
 import gc
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-#: Runs one side of a pair once and returns what one operation took, in the unit of its row.
+from shardedflight.bench.targets import Target, target_of
+
+#: Runs one side of a pair once and returns what it took, in the unit of its benchmark.
 Side: TypeAlias = Callable[[], float]
-
-#: Called with the number of operations of a side; yields the pair, this library first.
-Prepare: TypeAlias = Callable[[int], AbstractContextManager[tuple[Side, Side]]]
 
 
 class Unit(Enum):
-    """What a row measures; it decides how the two sides of a pair are compared."""
+    """What a benchmark measures; it decides how the two sides of a pair are compared."""
 
-    NANOSECONDS = "ns"  # per operation: by their ratio
-    BYTES = "B"  # per execution or waiting caller: by their difference
+    NANOSECONDS = "ns"  # by their ratio
+    CALLS_PER_SECOND = "/s"  # by their ratio
+    BYTES = "B"  # by their difference
+
+
+class Pair(NamedTuple):
+    """What is compared in each round."""
+
+    ours: Side
+    floor: Side
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison.
+class Contender:
+    """Who is measured.
+
+    Attributes:
+        who: This library's form, "compiled" or "plain", or the name of another package.
+        pair: The contender and its floor; None if it cannot be measured here.
+        point: Which point of the benchmark, where it has several.
+        absent: Why there is no pair.
+    """
+
+    who: str
+    pair: Pair | None
+    point: str = ""
+    absent: str = ""
+
+
+#: Called with the number of operations of a side; yields who is compared. It checks that what is
+#: measured is what the benchmark claims.
+Prepare: TypeAlias = Callable[[int], AbstractContextManager[Sequence[Contender]]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a benchmark is about.
 
     Attributes:
         name: What `--only` calls it.
-        what: What is measured of this library.
+        what: What is measured of each contender.
         against: The floor under it.
-        aim: The figure is to be at most this; None where none is set.
-        blind_to: What the figure does not tell.
-        unit: What one operation is measured in.
-        operations: How many operations one side does per round.
-        rounds: How many rounds.
-        prepare: Makes the pair. It checks that what is measured is what the row claims.
+        blind_to: What the figures do not tell.
+        unit: What is measured.
     """
 
     name: str
     what: str
     against: str
-    aim: float | None
     blind_to: str
     unit: Unit
-    operations: int
-    rounds: int
-    prepare: Prepare
 
 
 @dataclass(frozen=True)
-class Result:
-    """What was measured for one row, with the number of operations and rounds that it took.
+class Benchmark(Subject):
+    """A subject and how it is measured.
 
-    `figure` is the median over the rounds of ratio or difference, between its quartiles;
+    Attributes:
+        operations: How many operations one side does per round.
+        rounds: How many rounds.
+        prepare: Makes the pairs of this library.
+        prepare_peers: Makes the pairs of other libraries.
+    """
+
+    operations: int
+    rounds: int
+    prepare: Prepare
+    prepare_peers: Prepare | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the rounds gave: `figure` is the median ratio or difference, between its quartiles.
+
     `ours` and `floor` are the medians of the two sides.
     """
 
-    row: Row
-    operations: int
     rounds: int
     ours: float
     floor: float
@@ -74,56 +110,108 @@ class Result:
     lower_quartile: float
     upper_quartile: float
 
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the dashboard: the figures of one contender, or why there are none."""
+
+    subject: Subject
+    who: str
+    point: str
+    operations: int
+    target: Target | None
+    figures: Figures | None
+    absent: str = ""
+
     @property
     def met(self) -> bool | None:
-        """Whether the figure is within the aim; None where there is no aim."""
-        return None if self.row.aim is None else self.figure <= self.row.aim
+        """Whether the figure reaches the target; None if either is missing."""
+        if self.target is None or self.figures is None:
+            return None
+        return self.target.met_by(self.figures.figure)
 
 
-def rounds_of(row: Row, *, quick: bool) -> int:
-    """Returns how many rounds a run gives the row."""
-    return 3 if quick else row.rounds
+def measure(
+    benchmark: Benchmark, contenders: Sequence[Contender], on_round: Callable[[], object]
+) -> list[Result]:
+    """Measures all contenders of a benchmark, calling `on_round` after each round."""
+    with unwatched():
+        costs = _costs(benchmark, contenders, on_round)
+    return [
+        Result(
+            subject=benchmark,
+            who=contender.who,
+            point=contender.point,
+            operations=benchmark.operations,
+            # What other libraries reach is theirs.
+            target=target_of(benchmark.name, contender.point, contender.who)
+            if contender.who in {"compiled", "plain"}
+            else None,
+            figures=None
+            if contender.pair is None
+            else figures_of(costs[contender.pair], benchmark.unit),
+            absent=contender.absent,
+        )
+        for contender in contenders
+    ]
 
 
-def operations_of(row: Row, *, quick: bool) -> int:
-    """Returns how many operations one round of a side does."""
-    return max(20, row.operations // 50) if quick else row.operations
-
-
-def measure(row: Row, *, quick: bool, on_round: Callable[[], object]) -> Result:
-    """Measures one row, calling `on_round` after each round."""
-    operations = operations_of(row, quick=quick)
-    rounds = rounds_of(row, quick=quick)
-    pairs: list[tuple[float, float]] = []
-    with row.prepare(operations) as (ours, floor):
-        _undisturbed(ours)
-        _undisturbed(floor)
-        for number in range(rounds):
+def _costs(
+    benchmark: Benchmark, contenders: Sequence[Contender], on_round: Callable[[], object]
+) -> dict[Pair, list[tuple[float, float]]]:
+    """Returns what both sides of each pair took in each round."""
+    pairs = [contender.pair for contender in contenders if contender.pair is not None]
+    costs: dict[Pair, list[tuple[float, float]]] = {pair: [] for pair in pairs}
+    for pair in pairs:
+        undisturbed(pair.ours)
+        undisturbed(pair.floor)
+    for number in range(benchmark.rounds):
+        for pair in pairs:
             if number % 2 == 0:
-                cost = _undisturbed(ours)
-                pairs.append((cost, _undisturbed(floor)))
+                ours = undisturbed(pair.ours)
+                floor = undisturbed(pair.floor)
             else:
-                cost = _undisturbed(floor)
-                pairs.append((_undisturbed(ours), cost))
-            on_round()
-    if row.unit is Unit.NANOSECONDS:
-        figures = [ours_cost / floor_cost for ours_cost, floor_cost in pairs]
+                floor = undisturbed(pair.floor)
+                ours = undisturbed(pair.ours)
+            costs[pair].append((ours, floor))
+        on_round()
+    return costs
+
+
+def figures_of(costs: Iterable[tuple[float, float]], unit: Unit) -> Figures:
+    """Compares the two sides of each round, and takes the medians."""
+    ours, floor = zip(*costs, strict=True)
+    if unit is Unit.BYTES:
+        compared = [mine - other for mine, other in zip(ours, floor, strict=True)]
     else:
-        figures = [ours_cost - floor_cost for ours_cost, floor_cost in pairs]
-    lower, middle, upper = statistics.quantiles(figures, n=4, method="inclusive")
-    return Result(
-        row=row,
-        operations=operations,
-        rounds=rounds,
-        ours=statistics.median(ours_cost for ours_cost, _ in pairs),
-        floor=statistics.median(floor_cost for _, floor_cost in pairs),
+        compared = [mine / other for mine, other in zip(ours, floor, strict=True)]
+    lower, middle, upper = (
+        statistics.quantiles(compared, n=4, method="inclusive")
+        if len(compared) > 1
+        else compared * 3
+    )
+    return Figures(
+        rounds=len(compared),
+        ours=statistics.median(ours),
+        floor=statistics.median(floor),
         figure=middle,
         lower_quartile=lower,
         upper_quartile=upper,
     )
 
 
-def _undisturbed(side: Side) -> float:
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Keeps all that there is from the collector, which runs before each side."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def undisturbed(side: Side) -> float:
     """Runs one side with the collector off."""
     gc.collect()
     enabled = gc.isenabled()

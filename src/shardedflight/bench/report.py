@@ -1,18 +1,32 @@
-"""What is told of the results: a table to read, the same as Markdown, and JSON."""
+"""What is told of the results: tables to read, the same as Markdown, and JSON."""
 
 import importlib.metadata
 import os
 import platform
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shardedflight.bench.measure import Result, Unit
+from shardedflight.bench import peers
+from shardedflight.bench.basics import FORM
+from shardedflight.bench.measure import Result, Subject, Unit
+from shardedflight.bench.model import Fit, fit
+from shardedflight.bench.scaling import Grid, Point, Workload
+from shardedflight.bench.targets import GIL
+
+#: How many times as fast as one thread two are that have nothing in common, on two free cores.
+_FREE = 1.8
+
+#: Characters of the longest bar.
+_BAR = 9
 
 
 def surroundings() -> dict[str, Any]:
@@ -23,6 +37,7 @@ def surroundings() -> dict[str, Any]:
         version = "not installed"
     return {
         "shardedflight": version,
+        "form": FORM,
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
         "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
@@ -31,6 +46,7 @@ def surroundings() -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "peers": peers.versions(),
     }
 
 
@@ -44,7 +60,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def in_words(around: dict[str, Any]) -> str:
+def in_words(around: Mapping[str, Any]) -> str:
     """Says in one line where the figures were measured."""
     build = ", free-threaded" if around["free_threaded"] else ""
     if around["free_threaded"] and around["gil_enabled"]:
@@ -52,102 +68,310 @@ def in_words(around: dict[str, Any]) -> str:
     return (
         f"{around['implementation']} {around['python']}{build}, {around['system']} "
         f"{around['machine']}, {around['cores']} cores of {around['processor']}, "
-        f"shardedflight {around['shardedflight']}"
+        f"shardedflight {around['shardedflight']} ({around['form']})"
     )
 
 
+# One figure.
+
+
 def amount(value: float, unit: Unit) -> str:
-    """Writes what one operation took."""
-    return f"{value:,.0f} {unit.value}"
+    """Writes what one side took."""
+    match unit:
+        case Unit.BYTES:
+            return f"{value:,.0f} B"
+        case Unit.CALLS_PER_SECOND:
+            return f"{value / 1e6:.{2 if value < 1e7 else 1}f} M/s"
+        case Unit.NANOSECONDS if value < 1e4:
+            return f"{value:,.0f} ns"
+        case Unit.NANOSECONDS if value < 1e7:
+            return f"{value / 1e3:,.0f} µs"
+        case Unit.NANOSECONDS:
+            return f"{value / 1e6:,.0f} ms"
 
 
 def compared(value: float, unit: Unit) -> str:
     """Writes a ratio or a difference."""
-    return f"{value:.2f}x" if unit is Unit.NANOSECONDS else amount(value, unit)
+    return amount(value, unit) if unit is Unit.BYTES else f"{_digits(value)}x"
+
+
+def _digits(value: float) -> str:
+    """Writes a ratio with as many digits as mean something."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def target_in_words(result: Result) -> str:
+    """Writes the target."""
+    if result.target is None:
+        return ""
+    sign = "≥" if result.target.at_least else "≤"
+    return f"{sign} {compared(result.target.value, result.subject.unit)}"
+
+
+def by_whom(result: Result) -> str:
+    """Names the contender and its point."""
+    return f"{result.who}, {result.point}" if result.point else result.who
 
 
 def cells(result: Result) -> list[str]:
-    """Writes what was measured: both sides, the figure, its quartiles, the aim, whether met."""
-    unit = result.row.unit
-    digits = ".2f" if unit is Unit.NANOSECONDS else ",.0f"
+    """Writes what was measured: both sides, the figure, its quartiles, the target, whether met."""
+    met = {True: "yes", False: "no", None: ""}[result.met]
+    unit = result.subject.unit
+    if result.figures is None:
+        return ["", "", result.absent, "", target_in_words(result), met]
+    figures = result.figures
+    digits = "{:,.0f}".format if unit is Unit.BYTES else _digits
     return [
-        amount(result.ours, unit),
-        amount(result.floor, unit),
-        compared(result.figure, unit),
-        f"{result.lower_quartile:{digits}} to {result.upper_quartile:{digits}}",
-        "none" if result.row.aim is None else f"≤ {compared(result.row.aim, unit)}",
-        {True: "yes", False: "no", None: ""}[result.met],
+        amount(figures.ours, unit),
+        amount(figures.floor, unit),
+        compared(figures.figure, unit),
+        f"{digits(figures.lower_quartile)} to {digits(figures.upper_quartile)}",
+        target_in_words(result),
+        met,
     ]
 
 
-HEADINGS = ("this library", "floor", "figure", "quartiles", "aim", "met")
+def groups(results: Sequence[Result]) -> Iterator[tuple[Subject, list[Result]]]:
+    """Goes through the results of one subject after the other."""
+    for subject, members in groupby(results, key=lambda result: result.subject):
+        yield subject, list(members)
 
 
-def as_table(results: Sequence[Result], *, quick: bool) -> Table:
-    """Returns a table for the terminal, with what each row is blind to."""
-    table = Table(title="A flight against the floor under it", show_lines=True)
-    table.add_column("measured", ratio=1)
-    for heading in ("this library\nfloor", "figure\nquartiles", "aim\nmet"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    colours = {True: "green", False: "red", None: ""}
-    for result in results:
-        row = result.row
-        ours, floor, figure, quartiles, aim, met = cells(result)
-        what = Text.assemble(
-            (f"{row.name}: {row.what}", "bold"),
-            f"\nagainst {row.against}",
-            (f"\nblind to: {row.blind_to}", "dim"),
+# For the terminal.
+
+
+def as_table(results: Sequence[Result], *, quick: bool) -> Group:
+    """Returns a table with a bar for each figure, and what each benchmark is blind to."""
+    parts: list[RenderableType] = [
+        Text("A flight against the floor under it", "italic"),
+        _columns([["by", "took", "floor", "figure", "quartiles", "target", ""]], "bold"),
+    ]
+    for subject, members in groups(results):
+        parts.append(
+            Text.assemble(
+                (f"\n{subject.name}: {subject.what}", "bold"),
+                f"\nagainst {subject.against}",
+                (f"\nblind to: {subject.blind_to}", "dim"),
+            )
         )
-        table.add_row(
-            what,
-            f"{ours}\n{floor}",
-            Text.assemble((figure, "bold"), f"\n{quartiles}"),
-            Text.assemble(f"{aim}\n", (met, colours[result.met])),
-        )
-    note = "Medians over rounds; times are compared by their ratio, memory by the difference."
+        scale = longest(members)
+        parts.append(_columns([_line(result, scale) for result in members]))
+    notes = [in_words(surroundings())]
+    notes.append(
+        "Medians over rounds; times and rates are compared by their ratio, memory by the "
+        "difference. Green reaches the target, red does not; in a bar, ┃ is the target."
+    )
+    if FORM == "plain":
+        notes.append("This installation is plain Python: the compiled form is not measured.")
     if quick:
-        note += " A quick run: its figures mean little."
-    table.caption = f"{in_words(surroundings())}\n{note}"
+        notes.append("A quick run: its figures mean little.")
+    parts.append(Text("\n" + "\n".join(notes) + "\n", "italic"))
+    return Group(*parts)
+
+
+def _columns(lines: Sequence[Sequence[str | Text]], style: str = "") -> Table:
+    """Returns a part of the table whose columns are as wide as all other parts'."""
+    table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), expand=True, style=style)
+    table.add_column(ratio=1)
+    for width in (8, 8, 8, 16, 10):
+        table.add_column(justify="right", width=width, no_wrap=True)
+    table.add_column(width=_BAR, no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
-def as_markdown(results: Sequence[Result], command: str) -> str:
-    """Returns a Markdown table, marked with the command, the machine and the version."""
+def _line(result: Result, scale: float) -> list[str | Text]:
+    took, floor, figure, quartiles, target, _ = cells(result)
+    if result.figures is None:
+        return [f"{by_whom(result)}: {result.absent}"]
+    colour = {True: "green", False: "red", None: "blue"}[result.met]
+    return [
+        by_whom(result),
+        took,
+        floor,
+        Text(figure, "bold"),
+        quartiles,
+        Text(target, colour),
+        Text(bar(result, scale), colour),
+    ]
+
+
+def longest(results: Sequence[Result]) -> float:
+    """Returns the figure or target that takes a whole bar."""
+    figures = [result.figures.figure for result in results if result.figures is not None]
+    targets = [result.target.value for result in results if result.target is not None]
+    return max([*figures, *targets], default=0.0)
+
+
+def bar(result: Result, scale: float) -> str:
+    """Draws a figure and its target, if `scale` is as long as a bar can be."""
+    if result.figures is None or scale <= 0:
+        return ""
+    length = max(0, round(result.figures.figure / scale * _BAR))
+    drawn = list("█" * length + " " * (_BAR - length))
+    if result.target is not None:
+        drawn[max(0, min(_BAR - 1, round(result.target.value / scale * _BAR) - 1))] = "┃"
+    return "".join(drawn).rstrip()
+
+
+def scaling_table(grid: Grid) -> Table:
+    """Returns the table of thread scaling."""
+    headings, rows = _scaling(grid)
+    table = Table(title="Calls per second of all threads together", box=box.SIMPLE, padding=(0, 1))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    table.caption = in_all(grid)
+    return table
+
+
+def _scaling(grid: Grid) -> tuple[list[str], list[list[str]]]:
+    """Returns the headings and the rows of the table of thread scaling."""
+    kinds = (Workload.OWN_KEYS, Workload.SAME_KEYS)
+    headings = [f"{grid.seconds:g} s a point"]
+    for workload in kinds:
+        headings += [f"{workload.value}, {threads} threads" for threads in grid.threads]
+    return [heading.replace(", 1 threads", ", 1 thread") for heading in headings], [
+        [grid.label(shards)]
+        + [
+            amount(grid.median(Point(workload, shards, threads)), Unit.CALLS_PER_SECOND)
+            for workload in kinds
+            for threads in grid.threads
+        ]
+        for shards in grid.shards()
+    ]
+
+
+def fitted(grid: Grid, workload: Workload, shards: int | None) -> Fit:
+    """Fits the universal scalability law to one line of the grid."""
+    return fit({threads: grid.rates[Point(workload, shards, threads)] for threads in grid.threads})
+
+
+def in_all(grid: Grid, *, gil: bool = GIL) -> str:
+    """Says whether the machine was free, and what the model says."""
+    two, one = (grid.median(Point(Workload.BARE_LOOP, None, threads)) for threads in (2, 1))
+    busy = (
+        f"The machine was not free: two threads with nothing in common were {two / one:.2f}x as "
+        "fast as one, and the figures of two threads are of that. "
+        if not gil and two < _FREE * one
+        else ""
+    )
+    return busy + in_model(grid)
+
+
+def in_model(grid: Grid) -> str:
+    """Says what the universal scalability law makes of the default shards."""
+    law = fitted(grid, Workload.OWN_KEYS, None)
+    most = grid.threads[-1]
+    beyond = [f"{most * times} threads {_between(law, most * times)}" for times in (2, 4, 8)]
+    how = (
+        ""
+        if law.decided
+        else " Two numbers of threads cannot tell contention from coherency: the first figure "
+        "takes all loss for coherency, the second for contention."
+    )
+    return (
+        f"A model, not a measurement: the universal scalability law, fitted to own keys and "
+        f"default shards (sigma {law.contention.sigma:.3f}, kappa {law.coherency.kappa:.3f}), "
+        f"gives {', '.join(beyond)} of one thread.{how}"
+    )
+
+
+def _between(law: Fit, threads: int) -> str:
+    low, high = law.coherency.speed_up(threads), law.contention.speed_up(threads)
+    return f"{high:.1f}x" if law.decided else f"{low:.1f}x to {high:.1f}x"
+
+
+# Markdown and JSON.
+
+
+def as_markdown(results: Sequence[Result], grid: Grid | None, command: str) -> str:
+    """Returns Markdown tables, marked with the command, the machine and the version."""
+    headings = ["measured", "against", "by", "took", "floor", "figure", "quartiles", "target"]
     lines = [
         f"`{command}` on {in_words(surroundings())}:",
         "",
-        f"| {' | '.join(['measured', 'against', *HEADINGS])} |",
-        "|---|---|--:|--:|--:|--:|--:|---|",
+        f"| {' | '.join([*headings, 'met'])} |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|",
     ]
     lines += [
-        f"| {' | '.join([result.row.what, result.row.against, *cells(result)])} |"
-        for result in results
+        f"| {' | '.join([one.subject.what, one.subject.against, by_whom(one), *cells(one)])} |"
+        for one in results
     ]
+    if grid is not None:
+        names, rows = _scaling(grid)
+        lines += ["", f"| {' | '.join(names)} |", f"|---{'|--:' * (len(names) - 1)}|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["", in_all(grid)]
     return "\n".join(lines) + "\n"
 
 
-def as_json(results: Sequence[Result], command: str) -> dict[str, Any]:
+def as_json(results: Sequence[Result], grid: Grid | None, command: str) -> dict[str, Any]:
     """Returns everything that was measured, as JSON would have it."""
     return {
         "command": command,
         "surroundings": surroundings(),
-        "rows": [
+        "rows": [_row_as_json(result) for result in results],
+        "scaling": None if grid is None else _grid_as_json(grid),
+    }
+
+
+def _row_as_json(result: Result) -> dict[str, Any]:
+    subject, figures, target = result.subject, result.figures, result.target
+    row: dict[str, Any] = {
+        "name": subject.name,
+        "what": subject.what,
+        "against": subject.against,
+        "by": result.who,
+        "point": result.point,
+        "blind_to": subject.blind_to,
+        "unit": subject.unit.value,
+        "compared_by": "difference" if subject.unit is Unit.BYTES else "ratio",
+        "operations": result.operations,
+        "target": None if target is None else target.value,
+        "target_is": None if target is None else "at least" if target.at_least else "at most",
+        "met": result.met,
+        "absent": result.absent,
+    }
+    if figures is not None:
+        row |= {
+            "rounds": figures.rounds,
+            "ours": figures.ours,
+            "floor": figures.floor,
+            "figure": figures.figure,
+            "quartiles": [figures.lower_quartile, figures.upper_quartile],
+        }
+    return row
+
+
+def _grid_as_json(grid: Grid) -> dict[str, Any]:
+    return {
+        "default_shards": grid.default_shards,
+        "seconds_per_point": grid.seconds,
+        "points": [
             {
-                "name": result.row.name,
-                "what": result.row.what,
-                "against": result.row.against,
-                "unit": result.row.unit.value,
-                "operations": result.operations,
-                "rounds": result.rounds,
-                "ours": result.ours,
-                "floor": result.floor,
-                "figure": result.figure,
-                "compared_by": "ratio" if result.row.unit is Unit.NANOSECONDS else "difference",
-                "quartiles": [result.lower_quartile, result.upper_quartile],
-                "aim": result.row.aim,
-                "met": result.met,
-                "blind_to": result.row.blind_to,
+                "workload": point.workload.value,
+                "shards": point.shards,
+                "threads": point.threads,
+                "calls_per_second": list(rates),
             }
-            for result in results
+            for point, rates in grid.rates.items()
         ],
+        "model": {
+            "law": "universal scalability law: a model fitted to the points, not a measurement",
+            "decided": fitted(grid, Workload.OWN_KEYS, None).decided,
+            "fits": [
+                {
+                    "workload": workload.value,
+                    "shards": shards,
+                    "sigma": law.contention.sigma,
+                    "kappa": law.coherency.kappa,
+                }
+                for workload in (Workload.OWN_KEYS, Workload.SAME_KEYS)
+                for shards in grid.shards()
+                for law in [fitted(grid, workload, shards)]
+            ],
+        },
     }
