@@ -23,6 +23,7 @@ while it holds the latest `Permit` for the key, and `forget` takes that away.
 """
 
 import asyncio
+import dataclasses
 import inspect
 import os
 import sys
@@ -75,8 +76,8 @@ class Coalesced(partial[R], Generic[P, R]):
     if TYPE_CHECKING:  # as class attributes, annotations would be found instead of the function's
         flight: ShardedFlight
         cache: MutableMapping[Any, Any] | None
-        _keys: "Keys"
-        _forget: Callable[..., None]
+        _function: "Function"
+        _calls: "Calls"
 
         @property
         def __wrapped__(self) -> Callable[P, R]: ...
@@ -96,10 +97,14 @@ class Coalesced(partial[R], Generic[P, R]):
         Raises:
             TypeError: The arguments do not fit the signature or are not hashable.
         """
-        self._forget(*args, **kwargs)
+        self._calls.forget(*args, **kwargs)
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._keys.tell_instances_apart()
+        # Not if a function from elsewhere is put into a class, as a default perhaps: it goes on
+        # being called as a function.
+        defined_in = self.__qualname__.rpartition(".")[0]
+        if (self.__module__, defined_in) == (owner.__module__, owner.__qualname__):
+            self._calls.keys.make = self._function.methods.keys.make
 
     # In order: a class method by its class, anything else by its class, a method by an instance, a
     # class method by an instance, a static method. Type checkers take them all for functions. They
@@ -126,7 +131,6 @@ class Coalesced(partial[R], Generic[P, R]):
         if instance is owner:
             # `classmethod` before Python 3.13. Later ones do themselves what is done here.
             return MethodType(self, instance)
-        self._keys.tell_instances_apart()
         return _bind(self, instance)
 
     def __getattr__(self, name: str) -> Any:
@@ -175,7 +179,7 @@ class Bound(Coalesced[P, R]):
 
     def forget(self, /, *args: Any, **kwargs: Any) -> None:
         """As that of the function, for this instance."""
-        self._forget(self.args[0], *args, **kwargs)
+        self._function.methods.forget(self.args[0], *args, **kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self
@@ -193,7 +197,7 @@ class Bound(Coalesced[P, R]):
 
 
 def _bind(coalesced: Coalesced[..., Any], instance: Any) -> "Bound[..., Any]":
-    bound: Bound[..., Any] = Bound(coalesced, instance)
+    bound: Bound[..., Any] = Bound(coalesced._function.methods.call, instance)
     bound.__dict__ = coalesced.__dict__
     return bound
 
@@ -214,44 +218,39 @@ class Token:
 
 
 class Keys:
-    """Makes keys of the arguments of one function's calls."""
+    """Makes keys of the arguments of one function's calls.
 
-    __slots__ = ("_identify", "_name", "_signature", "_typed", "make")
+    Args:
+        fn: The function.
+        key: The user's way to make a key of them, if any.
+        typed: The types of the arguments belong to the key.
+        identify: Replaces the first argument, an instance; None where it is an argument like any.
+    """
+
+    __slots__ = ("_name", "make")
 
     #: Makes a key. Takes what the function takes.
     make: Callable[..., Any]
-    #: None once `make` tells instances apart, or if it is the user's.
-    _signature: inspect.Signature | None
 
     def __init__(
         self,
         fn: Callable[..., Any],
         key: Callable[..., Hashable] | None,
         typed: bool,
-        identify: Callable[[Any], Hashable],
+        identify: Callable[[Any], Hashable] | None,
     ) -> None:
         self._name = _name_of(fn)
-        self._typed = typed
-        self._identify = identify
-        self._signature = None
         if key is not None:
             self.make = key
             return
         try:
-            self._signature = inspect.signature(fn, **_SIGNATURE_OPTIONS)
-            self.make = _binder(self._name, self._signature, typed)
+            signature = inspect.signature(fn, **_SIGNATURE_OPTIONS)
+            self.make = _binder(self._name, signature, typed, identify)
         except (TypeError, ValueError, SyntaxError) as error:
             raise TypeError(
                 f"coalesce can not make keys for {fn!r}, it has no usable signature ({error}): "
                 "give key="
             ) from error
-
-    def tell_instances_apart(self) -> None:
-        """The first argument is an instance from now on. May be called again."""
-        signature = self._signature
-        if signature is not None:
-            self.make = _binder(self._name, signature, self._typed, self._identify)
-            self._signature = None
 
     def refuse_unhashable(self, key: Any) -> None:
         """Raises a TypeError that says what to do about it, if `key` is not hashable."""
@@ -265,81 +264,66 @@ class Keys:
 
 
 def _binder(
-    name: str,
+    fn_name: str,
     signature: inspect.Signature,
     typed: bool,
-    identify: Callable[[Any], Hashable] | None = None,
+    identify: Callable[[Any], Hashable] | None,
 ) -> Callable[..., tuple[Any, ...]]:
     """Makes a function with this signature that returns a tuple of its arguments.
 
     Args:
-        name: Whose name the errors of calls that do not fit bear.
+        fn_name: Whose name the errors of calls that do not fit bear.
         signature: The signature.
         typed: The arguments' types belong to the tuple.
         identify: Replaces the first argument, if given.
     """
-    Parameter = inspect.Parameter  # noqa: N806 - it is a class
+    kinds = inspect.Parameter
+    parameters = signature.parameters.values()
     # Longer than any of its names, so that none of them can hide a helper.
     prefix = "_" * (1 + max(map(len, signature.parameters), default=0))
-    helpers: dict[str, Any] = {
+    helpers = {
         "identify": identify,
-        "first": _identify_first,
-        "items": _sorted_items,
+        "identify_first": _identify_first,
+        "items": _typed_items if typed else _sorted_items,
         "type": type,
         "types": _types,
-        "values": _sorted_values,
     }
     parts: list[str] = []
-    types: list[str] = []
-    bare: list[inspect.Parameter] = []
-    for index, parameter in enumerate(signature.parameters.values()):
-        part = parameter.name
-        if parameter.kind is Parameter.VAR_KEYWORD:
-            types.append(f"{prefix}types({prefix}values({part}))")
-            part = f"{prefix}items({part})"
-        elif parameter.kind is Parameter.VAR_POSITIONAL:
-            types.append(f"{prefix}types({part})")
-            if index == 0 and identify is not None:
-                part = f"{prefix}first({prefix}identify, {part})"
+    for index, parameter in enumerate(parameters):
+        name = parameter.name
+        is_instance = index == 0 and identify is not None
+        if parameter.kind is kinds.VAR_KEYWORD:
+            parts.append(f"{prefix}items({name})")
+        elif parameter.kind is kinds.VAR_POSITIONAL:
+            first = f"{prefix}identify_first({prefix}identify, {name})"
+            parts += [first if is_instance else name, f"{prefix}types({name})"][: 1 + typed]
         else:
-            types.append(f"{prefix}type({part})")
-            if index == 0 and identify is not None:
-                part = f"{prefix}identify({part})"
-        parts.append(part)
-        default = parameter.default if parameter.default is Parameter.empty else None
-        bare.append(parameter.replace(annotation=Parameter.empty, default=default))
+            first = f"{prefix}identify({name})"
+            parts += [first if is_instance else name, f"{prefix}type({name})"][: 1 + typed]
+    optional = [parameter for parameter in parameters if parameter.default is not parameter.empty]
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+    bare = [p if p.default is p.empty else p.replace(default=None) for p in bare]
     takes = str(inspect.Signature(bare))[1:-1]
-    returns = "".join(f"{part}, " for part in parts + types * typed)
-    # Identifiers, commas and None: nothing of anybody's data is in this source.
+    # Names, commas and None: no value of anybody's is in this source.
     make = eval(  # noqa: S307
-        f"lambda {takes}: ({returns})",
-        {prefix + helper: function for helper, function in helpers.items()},
+        f"lambda {takes}: ({''.join(f'{part}, ' for part in parts)})",
+        {prefix + helper: value for helper, value in helpers.items()},
     )
-    defaults = {
-        parameter.name: parameter.default
-        for parameter in signature.parameters.values()
-        if parameter.default is not Parameter.empty
-    }
-    keyword_only = {
-        parameter.name
-        for parameter in signature.parameters.values()
-        if parameter.kind is Parameter.KEYWORD_ONLY
-    }
-    make.__defaults__ = tuple(defaults[name] for name in defaults if name not in keyword_only)
-    make.__kwdefaults__ = {name: defaults[name] for name in defaults if name in keyword_only}
-    make.__name__ = make.__qualname__ = name
+    make.__defaults__ = tuple(p.default for p in optional if p.kind is not kinds.KEYWORD_ONLY)
+    make.__kwdefaults__ = {p.name: p.default for p in optional if p.kind is kinds.KEYWORD_ONLY}
+    make.__name__ = make.__qualname__ = fn_name
     return make  # type: ignore[no-any-return]
 
 
-def _sorted_items(keywords: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _sorted_items(keywords: dict[str, Any]) -> tuple[Any, ...]:
     return tuple((name, keywords[name]) for name in sorted(keywords))
 
 
-def _sorted_values(keywords: dict[str, Any]) -> list[Any]:
-    return [keywords[name] for name in sorted(keywords)]
+def _typed_items(keywords: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, keywords[name], type(keywords[name])) for name in sorted(keywords))
 
 
-def _types(values: Any) -> tuple[type, ...]:
+def _types(values: tuple[Any, ...]) -> tuple[type, ...]:
     return tuple(map(type, values))
 
 
@@ -414,8 +398,9 @@ def _guard(mapping: MutableMapping[Any, Any]) -> Guard:
 
 
 def _after_fork_in_child() -> None:
-    global _guards_lock
+    global _guards_lock, _methods_lock
     _guards_lock = SteadyLock()
+    _methods_lock = SteadyLock()
     for guard in list(_guards.values()):
         guard.lock = SteadyLock()
 
@@ -489,15 +474,53 @@ class Cache:
 # -- calling --------------------------------------------------------------------------------------
 
 
-def _for_threads(
-    fn: Callable[..., Any],
-    flight: ShardedFlight,
-    token: Token,
-    keys: Keys,
-    cache: Cache | None,
-    timeout: float | None,
-) -> Callable[..., Any]:
-    do = flight.do
+@dataclasses.dataclass(slots=True)
+class Function:
+    """A function and the options it was decorated with."""
+
+    fn: Callable[..., Any]
+    coroutines: bool
+    flight: ShardedFlight
+    token: Token
+    key: Callable[..., Hashable] | None
+    typed: bool
+    timeout: float | None
+    cache: Cache | None
+    #: Made under `_methods_lock`.
+    _methods: "Calls | None" = None
+
+    @property
+    def methods(self) -> "Calls":
+        """The calls whose first argument is an instance, made when they are first wanted."""
+        if self._methods is None:
+            with _methods_lock:
+                if self._methods is None:
+                    # Python's own id: see the top of this module.
+                    self._methods = Calls(self, id if self.cache is None else _instance)
+        return self._methods
+
+
+_methods_lock = SteadyLock()
+
+
+class Calls:
+    """The two ways to call a decorated function, with one way to make keys for both."""
+
+    __slots__ = ("call", "forget", "keys")
+
+    def __init__(
+        self, function: Function, identify: Callable[[Any], Hashable] | None = None
+    ) -> None:
+        self.keys = Keys(function.fn, function.key, function.typed, identify)
+        call_with = _call_async_with if function.coroutines else _call_with
+        self.call = call_with(function, self.keys)
+        update_wrapper(self.call, function.fn, updated=())
+        self.forget = _forget_with(function, self.keys)
+
+
+def _call_with(function: Function, keys: Keys) -> Callable[..., Any]:
+    do, fn, token = function.flight.do, function.fn, function.token
+    cache, timeout = function.cache, function.timeout
 
     def call(*args: Any, **kwargs: Any) -> Any:
         key = keys.make(*args, **kwargs)
@@ -532,16 +555,11 @@ def _for_threads(
     return call_cached
 
 
-def _for_coroutines(
-    fn: Callable[..., Awaitable[Any]],
-    flight: ShardedFlight,
-    token: Token,
-    keys: Keys,
-    cache: Cache | None,
-    timeout: float | None,
-) -> Callable[..., Any]:
-    do: Callable[..., Awaitable[tuple[Any, bool]]]
-    do = flight.do_async if timeout is None else partial(_do_within, flight, timeout)
+def _call_async_with(function: Function, keys: Keys) -> Callable[..., Any]:
+    fn, token, cache = function.fn, function.token, function.cache
+    do: Callable[..., Awaitable[tuple[Any, bool]]] = function.flight.do_async
+    if function.timeout is not None:
+        do = partial(_do_within, function.flight, function.timeout)
 
     async def call(*args: Any, **kwargs: Any) -> Any:
         key = keys.make(*args, **kwargs)
@@ -574,6 +592,22 @@ def _for_coroutines(
             raise
 
     return call_cached
+
+
+def _forget_with(function: Function, keys: Keys) -> Callable[..., None]:
+    flight, token, cache = function.flight, function.token, function.cache
+
+    def forget(*args: Any, **kwargs: Any) -> None:
+        key = keys.make(*args, **kwargs)
+        try:
+            if cache is not None:
+                cache.drop(key)
+            flight.forget(token, key)
+        except TypeError:
+            keys.refuse_unhashable(key)
+            raise
+
+    return forget
 
 
 async def _do_within(
@@ -678,37 +712,29 @@ def coalesce(
     def decorate(target: Any, /) -> Any:
         unwrapped = isinstance(target, staticmethod | classmethod)
         fn: Any = cast("Any", target).__func__ if unwrapped else target
-        coroutines = _takes_coroutines(fn)
         token = Token(_name_of(fn))
-        # Python's own id: see the top of this module.
-        keys = Keys(fn, key, typed, id if cache is None else _instance)
-        mine = ShardedFlight(name=_name_of(fn)) if flight is None else flight
-        entries = None if cache is None else Cache(cache, token if key is None else None)
-        make = _for_coroutines if coroutines else _for_threads
-        call = make(fn, mine, token, keys, entries, timeout)
-        update_wrapper(call, fn, updated=())
-
-        def forget(*args: Any, **kwargs: Any) -> None:
-            key = keys.make(*args, **kwargs)
-            try:
-                if entries is not None:
-                    entries.drop(key)
-                mine.forget(token, key)
-            except TypeError:
-                keys.refuse_unhashable(key)
-                raise
-
+        function = Function(
+            fn,
+            _takes_coroutines(fn),
+            ShardedFlight(name=_name_of(fn)) if flight is None else flight,
+            token,
+            key,
+            typed,
+            timeout,
+            None if cache is None else Cache(cache, token if key is None else None),
+        )
+        calls = Calls(function)
         if isinstance(target, staticmethod):
-            coalesced: Coalesced[..., Any] = CoalescedStatic(call)
+            coalesced: Coalesced[..., Any] = CoalescedStatic(calls.call)
         elif isinstance(target, classmethod):
-            coalesced = CoalescedClass(call)
+            coalesced = CoalescedClass(calls.call)
         else:
-            coalesced = Coalesced(call)
+            coalesced = Coalesced(calls.call)
         update_wrapper(coalesced, fn)
-        coalesced.flight = mine
+        coalesced.flight = function.flight
         coalesced.cache = cache
-        coalesced._keys = keys
-        coalesced._forget = forget
+        coalesced._function = function
+        coalesced._calls = calls
         return coalesced
 
     return decorate if fn is None else decorate(fn)
@@ -717,11 +743,8 @@ def coalesce(
 def _check_options(flight: Any, key: Any, cache: Any, typed: Any, timeout: Any) -> None:
     if flight is not None and not isinstance(flight, ShardedFlight):
         raise TypeError(f"flight must be a ShardedFlight or None, not {flight!r}")
-    if flight is not None and flight._build_key is not None:
-        raise ValueError(
-            f"flight must not have a build_key, which could let functions meet, as {flight!r} has: "
-            "give coalesce a key="
-        )
+    if flight is not None:
+        _check_hooks(flight)
     if key is not None and (not callable(key) or inspect.iscoroutinefunction(key)):
         raise TypeError(f"key must be a function that returns a hashable, or None, not {key!r}")
     if cache is not None and not isinstance(cache, MutableMapping):
@@ -732,6 +755,20 @@ def _check_options(flight: Any, key: Any, cache: Any, typed: Any, timeout: Any) 
         raise ValueError("typed= has no meaning beside key=, which alone says what is one call")
     if timeout is not None:
         check_timeout(timeout)
+
+
+def _check_hooks(flight: ShardedFlight) -> None:
+    if flight._build_key is not None:
+        raise ValueError(
+            f"flight must not have a build_key, which could let functions meet, as {flight!r} has: "
+            "give coalesce a key="
+        )
+    try:
+        flight.forget(Token("f"), ())  # nobody has this key: only the flight's hash is tried
+    except Exception as error:
+        raise TypeError(
+            f"flight must have a hash that takes the keys of coalesce, such as (f, (1, 2)): {error}"
+        ) from error
 
 
 def _takes_coroutines(fn: Any) -> bool:
