@@ -485,6 +485,16 @@ def test_a_function_from_elsewhere_stays_one_in_a_class() -> None:
     assert load(f"url {len(first)}") is first
 
 
+def test_what_has_no_name_may_stand_in_a_class() -> None:
+    def add(number: int, self: Any, x: int) -> int:
+        return number + x
+
+    class Adding:
+        seven: Any = coalesce(functools.partial(add, 7))
+
+    assert Adding().seven(1) == 8
+
+
 def test_a_function_put_into_a_class_later_tells_instances_apart() -> None:
     def name(self: Any) -> str:
         return self.name
@@ -894,6 +904,21 @@ def test_a_follower_leaves_after_its_timeout(kind: str) -> None:
     assert leader.result(PATIENCE) == ["value of", 7, 1]
     assert work.calls == [7]
     assert work.flight.stats().waiting == 0
+
+
+@pytest.mark.parametrize("timeout", [0, 1e-9])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_leader_in_a_loop_comes_before_the_shortest_timeout(loop: str, timeout: float) -> None:
+    module: Any = asyncio if loop == "asyncio" else pytest.importorskip("uvloop")
+
+    @coalesce(timeout=timeout)
+    async def load() -> str:
+        await asyncio.sleep(0.01)
+        return "value"
+
+    with asyncio.Runner(loop_factory=module.new_event_loop) as runner:
+        for _ in range(20):
+            assert runner.run(load()) == "value"
 
 
 @each_kind

@@ -29,7 +29,7 @@ import os
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Hashable, MutableMapping
-from functools import partial, update_wrapper
+from functools import cached_property, partial, update_wrapper
 from types import MethodType
 from typing import (
     TYPE_CHECKING,
@@ -102,7 +102,7 @@ class Coalesced(partial[R], Generic[P, R]):
     def __set_name__(self, owner: type, name: str) -> None:
         # Not if a function from elsewhere is put into a class, as a default perhaps: it goes on
         # being called as a function.
-        defined_in = self.__qualname__.rpartition(".")[0]
+        defined_in = getattr(self, "__qualname__", "").rpartition(".")[0]
         if (self.__module__, defined_in) == (owner.__module__, owner.__qualname__):
             self._calls.keys.make = self._function.methods.keys.make
 
@@ -131,7 +131,9 @@ class Coalesced(partial[R], Generic[P, R]):
         if instance is owner:
             # `classmethod` before Python 3.13. Later ones do themselves what is done here.
             return MethodType(self, instance)
-        return _bind(self, instance)
+        bound: Bound[..., Any] = Bound(self._function.methods.call, instance)
+        bound.__dict__ = self.__dict__
+        return bound
 
     def __getattr__(self, name: str) -> Any:
         if name == "__annotations__":  # from Python 3.14 on a function makes them when asked
@@ -158,8 +160,8 @@ class CoalescedStatic(Coalesced[P, R]):
 class CoalescedClass(Coalesced[P, R]):
     """Of a `classmethod`. `P` are the parameters after the class."""
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return _bind(self, type(instance) if owner is None else owner)
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return super().__get__(type(instance) if owner is None else owner)
 
 
 class Bound(Coalesced[P, R]):
@@ -187,19 +189,13 @@ class Bound(Coalesced[P, R]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Bound):
             return NotImplemented
-        return self.func is other.func and self.args[0] is other.args[0]
+        return self.__dict__ is other.__dict__ and self.args[0] is other.args[0]
 
     def __hash__(self) -> int:
-        return hash((self.func, id(self.args[0])))
+        return hash((id(self.__dict__), id(self.args[0])))
 
     def __reduce__(self) -> Any:
         return getattr, (self.args[0], self.__name__)
-
-
-def _bind(coalesced: Coalesced[..., Any], instance: Any) -> "Bound[..., Any]":
-    bound: Bound[..., Any] = Bound(coalesced._function.methods.call, instance)
-    bound.__dict__ = coalesced.__dict__
-    return bound
 
 
 # -- which calls are the same call ----------------------------------------------------------------
@@ -398,9 +394,8 @@ def _guard(mapping: MutableMapping[Any, Any]) -> Guard:
 
 
 def _after_fork_in_child() -> None:
-    global _guards_lock, _methods_lock
+    global _guards_lock
     _guards_lock = SteadyLock()
-    _methods_lock = SteadyLock()
     for guard in list(_guards.values()):
         guard.lock = SteadyLock()
 
@@ -474,7 +469,7 @@ class Cache:
 # -- calling --------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass
 class Function:
     """A function and the options it was decorated with."""
 
@@ -486,21 +481,12 @@ class Function:
     typed: bool
     timeout: float | None
     cache: Cache | None
-    #: Made under `_methods_lock`.
-    _methods: "Calls | None" = None
 
-    @property
+    @cached_property
     def methods(self) -> "Calls":
         """The calls whose first argument is an instance, made when they are first wanted."""
-        if self._methods is None:
-            with _methods_lock:
-                if self._methods is None:
-                    # Python's own id: see the top of this module.
-                    self._methods = Calls(self, id if self.cache is None else _instance)
-        return self._methods
-
-
-_methods_lock = SteadyLock()
+        # Python's own id: see the top of this module.
+        return Calls(self, id if self.cache is None else _instance)
 
 
 class Calls:
