@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 import threading
+import types
 import typing
 import weakref
 from collections import UserDict, defaultdict
@@ -419,6 +420,20 @@ def test_what_is_remembered_of_instances_goes_with_them() -> None:
     assert len(_coalesce._instances) == before
 
 
+def test_an_entry_that_was_left_behind_is_not_taken_for_another_instances() -> None:
+    """As when a signal handler raised in the middle of its removal."""
+    from shardedflight import _coalesce
+
+    one = Equal("one")
+    stale = _coalesce.Instance(gone := Equal("gone"))
+    del gone
+    assert stale() is None
+    _coalesce._instances[id(one)] = stale
+    assert one.cached() == "one 1"
+    assert _coalesce._instances[id(one)]() is one
+    assert one.cached() == "one 1"
+
+
 def test_an_instance_may_be_unhashable() -> None:
     class Rows(UserDict[str, int]):
         @coalesce
@@ -765,6 +780,12 @@ def test_the_wrapper_keeps_what_the_function_has(kind: str) -> None:
         wrapper.missing  # noqa: B018
 
 
+def test_a_coroutine_bears_the_functions_name() -> None:
+    coroutine = Base().method_async()
+    assert coroutine.__qualname__ == "Base.method_async"
+    coroutine.close()
+
+
 def test_bound_coroutine_methods_are_coroutine_functions() -> None:
     for method in (
         Base().method_async,
@@ -894,8 +915,9 @@ def test_a_flights_hash_gets_the_decorators_keys() -> None:
 
 
 @each_kind
-def test_a_follower_leaves_after_its_timeout(kind: str) -> None:
-    work = Load(kind, timeout=0.02)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_follower_leaves_after_its_timeout(kind: str, cached: bool) -> None:
+    work = Load(kind, timeout=0.02, cache={} if cached else None)
     leader = work.lead(7)
     with pytest.raises(FlightTimeout, match=r"waited 0.02 s for .*load"):
         work.call(7).result(PATIENCE)
@@ -1006,6 +1028,107 @@ def test_a_follower_that_takes_over_is_not_limited_any_more() -> None:
     loop = Clock()
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(main())
+
+
+def test_a_follower_whose_time_ends_while_it_takes_over_harms_nobody() -> None:
+    """It leaves; what it has begun to lead goes on for a caller on another loop."""
+    go = threading.Event()
+    runs: list[str] = []
+
+    @coalesce(timeout=3600, key=lambda who, gate: 1)
+    async def load(who: str, gate: "asyncio.Future[None] | None") -> str:
+        runs.append(who)
+        if gate is not None:
+            await gate
+            raise asyncio.CancelledError
+        await eventually_async(go.is_set)
+        return who
+
+    async def main() -> None:
+        gate: asyncio.Future[None] = loop.create_future()
+        leader = asyncio.create_task(load("lost", gate))
+        await eventually_async(lambda: runs == ["lost"])
+        heir = asyncio.create_task(load("heir", None))
+        await eventually_async(lambda: load.flight.stats().waiting == 1)
+        other = spawn_loop(lambda: load("other", None))
+        await eventually_async(lambda: load.flight.stats().waiting == 2)
+        # In the next round of the loop the leader's step comes first, then the timer.
+        gate.set_result(None)
+        loop.ahead += 7200
+        with pytest.raises(FlightTimeout):
+            await heir
+        with pytest.raises(asyncio.CancelledError):
+            await leader
+        go.set()
+        await eventually_async(other.done)
+        assert other.result() == "heir"
+        assert runs == ["lost", "heir"]
+
+    loop = Clock()
+    loop.set_task_factory(lambda loop, coro, **options: asyncio.Task(coro, loop=loop, **options))
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(main())
+
+
+def test_a_leader_that_leaves_before_its_task_has_begun_harms_nobody() -> None:
+    """As a task factory can bring about, by tasks that begin late."""
+    late = threading.Event()
+
+    @types.coroutine
+    def rest(coro: Any) -> Any:
+        while not late.is_set():
+            yield
+        return (yield from coro)
+
+    async def delayed(coro: Any) -> Any:
+        return await rest(coro)
+
+    def factory(loop: Any, coro: Any, **options: Any) -> Any:
+        runs_it = getattr(coro, "__name__", "") == "_run"
+        return asyncio.Task(delayed(coro) if runs_it else coro, loop=loop, **options)
+
+    @coalesce(timeout=3600)
+    async def load() -> str:
+        return "value"
+
+    async def main() -> None:
+        leader = asyncio.create_task(load())
+        await eventually_async(lambda: load.flight.in_flight() == 1)
+        other = spawn_loop(load)
+        await eventually_async(lambda: load.flight.stats().waiting == 1)
+        leader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leader
+        late.set()
+        await eventually_async(other.done)
+        assert other.result() == "value"
+
+    async def run_main() -> None:
+        asyncio.get_running_loop().set_task_factory(factory)
+        await main()
+
+    asyncio.run(run_main())
+
+
+def test_no_timer_is_left_behind() -> None:
+    complaints: list[Any] = []
+
+    @coalesce(timeout=3600)
+    async def load() -> str:
+        await asyncio.sleep(0)
+        return "value"
+
+    async def main() -> None:
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        leader = asyncio.create_task(load())
+        assert [await load(), await leader] == ["value"] * 2
+        loop.ahead += 7200
+        await asyncio.sleep(0.001)
+
+    loop = Clock()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(main())
+    assert complaints == []
 
 
 def test_endless_and_whole_timeouts() -> None:
