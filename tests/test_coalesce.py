@@ -847,8 +847,19 @@ def test_bad_input_is_an_error_at_decoration() -> None:
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"flight": object()}, TypeError, "flight must be a ShardedFlight"),
         ({"flight": ShardedFlight}, TypeError, "flight must be a ShardedFlight"),
-        ({"flight": ShardedFlight(build_key=concat_key)}, ValueError, "build_key.*key="),
-        ({"flight": ShardedFlight(hash=fnv1a_64)}, TypeError, "hash that takes"),
+        ({"flight": ShardedFlight(build_key=concat_key)}, ValueError, "build_key that could let"),
+        (
+            {"flight": ShardedFlight(build_key=lambda *p: p[0])},
+            ValueError,
+            "build_key that could let",
+        ),
+        (
+            {"flight": ShardedFlight(build_key=lambda *p: p[1])},
+            ValueError,
+            "build_key that could let",
+        ),
+        ({"flight": ShardedFlight(build_key=lambda x: x)}, TypeError, "flight must take the keys"),
+        ({"flight": ShardedFlight(hash=fnv1a_64)}, TypeError, "flight must take the keys"),
         ({"key": "x"}, TypeError, "key must be a function"),
         ({"key": key}, TypeError, "key must be a function that returns a hashable"),
         ({"cache": []}, TypeError, "cache must be a MutableMapping"),
@@ -892,6 +903,15 @@ def test_only_functions_are_decorated() -> None:
             coalesce(nothing)  # type: ignore[call-overload]
         with pytest.raises(TypeError, match="coalesce decorates a function"):
             coalesce(typed=False)(nothing)  # type: ignore[arg-type]
+
+
+def test_a_flights_build_key_may_add_to_the_decorators_keys() -> None:
+    flight = ShardedFlight(build_key=lambda *parts: ("namespace", *parts))
+    one, two = Load(flight=flight), Load(flight=flight)
+    calls = [one.lead(1), two.lead(1), one.lead(2)]
+    for work in (one, two):
+        work.go.set()
+    assert [call.result(PATIENCE)[1] for call in calls] == [1, 1, 2]
 
 
 def test_a_flights_hash_gets_the_decorators_keys() -> None:
