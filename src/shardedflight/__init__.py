@@ -3,6 +3,7 @@
 Layers, each importing only from those below it (checked by import-linter in `make check`):
 
     __main__, demo, bench    programs, on the public names only
+    _coalesce                the decorator
     _flight                  ShardedFlight
     _many                    many keys in one call
     _future                  what do_future returns
@@ -18,6 +19,7 @@ chooses whether the compiled one or the plain one runs, and `__compiled__` tells
 
 from . import _compiled
 from . import keys as keys
+from ._coalesce import coalesce as coalesce
 from ._flight import ShardedFlight as ShardedFlight
 from ._flight import Stats as Stats
 from .exceptions import BackendError as BackendError
@@ -36,6 +38,7 @@ __all__ = [
     "InvalidShardsError",
     "ShardedFlight",
     "Stats",
+    "coalesce",
     "keys",
 ]
 

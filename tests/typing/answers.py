@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from shardedflight import (
     InvalidShardsError,
     ShardedFlight,
     Stats,
+    coalesce,
     keys,
 )
 
@@ -274,3 +275,93 @@ def policy(name: Literal["cancel", "finish"]) -> ShardedFlight:
 
 def passed_on(flight: ShardedFlight) -> Coroutine[Any, Any, tuple[Item, bool]]:
     return flight.do_async(fetch_async, "k")
+
+
+@coalesce
+def load(number: int, /, name: str = "", *, deep: bool = False) -> Item:
+    return Item(number)
+
+
+@coalesce(flight=ShardedFlight(), cache={}, typed=True, timeout=2.0)
+async def load_async(number: int) -> Item:
+    return Item(number)
+
+
+def key_of_items(items: list[int]) -> tuple[int, ...]:
+    return tuple(items)
+
+
+@coalesce(key=key_of_items)
+def count(items: list[int]) -> int:
+    return len(items)
+
+
+@coalesce()
+def load_any(what: T) -> list[T]:
+    return [what]
+
+
+class Repository:
+    @coalesce
+    def row(self, number: int, name: str = "") -> Item:
+        return Item(number)
+
+    @coalesce(cache=None)
+    async def row_async(self, number: int) -> Item:
+        return Item(number)
+
+    @coalesce
+    @staticmethod
+    def static(number: int) -> Item:
+        return Item(number)
+
+    @coalesce(timeout=1)
+    @classmethod
+    def of_class(cls, number: int) -> Item:
+        return Item(number)
+
+    @staticmethod
+    @coalesce
+    def static_outside(number: int) -> Item:
+        return Item(number)
+
+    @classmethod
+    @coalesce
+    def of_class_outside(cls, number: int) -> Item:
+        return Item(number)
+
+
+async def decorated(repository: Repository) -> None:
+    assert_type(load(1), Item)
+    assert_type(load(1, "name", deep=True), Item)
+    assert_type(load.forget(1, name="name"), None)
+    assert_type(load.flight, ShardedFlight)
+    assert_type(load.cache, MutableMapping[Any, Any] | None)
+    assert_type(load.__wrapped__(1), Item)
+    assert_type(count([1]), int)
+    assert_type(load_any("item"), list[str])
+    plain: Callable[[int], Item] = load
+    print(plain)
+
+    coroutine: Coroutine[Any, Any, Item] = load_async(1)
+    assert_type(await coroutine, Item)
+    assert_type(await load_async(number=1), Item)
+    assert_type(await asyncio.gather(load_async(1), load_async(2)), tuple[Item, Item])
+
+    assert_type(repository.row(1), Item)
+    assert_type(repository.row(1, name="name"), Item)
+    assert_type(Repository.row(repository, 1), Item)
+    assert_type(repository.row.forget(1), None)
+    assert_type(repository.row.flight, ShardedFlight)
+    assert_type(await repository.row_async(1), Item)
+
+    assert_type(repository.static(1), Item)
+    assert_type(Repository.static(number=1), Item)
+    assert_type(Repository.static.forget(1), None)
+    assert_type(repository.of_class(1), Item)
+    assert_type(Repository.of_class(number=1), Item)
+    assert_type(Repository.of_class.forget(1), None)
+    assert_type(repository.static_outside(1), Item)
+    assert_type(Repository.static_outside(1), Item)
+    assert_type(repository.of_class_outside(1), Item)
+    assert_type(Repository.of_class_outside(1), Item)

@@ -5,7 +5,7 @@ Each `type: ignore` is itself checked: it is an error as soon as mypy or pyright
 
 from concurrent.futures import Future
 
-from shardedflight import ShardedFlight, keys
+from shardedflight import ShardedFlight, coalesce, keys
 
 
 def fetch() -> int:
@@ -81,3 +81,37 @@ def watching(flight: ShardedFlight) -> None:
 def shipped_keys() -> None:
     keys.join_key(1)  # type: ignore[arg-type]
     keys.fnv1a_64(1)  # type: ignore[arg-type]
+
+
+@coalesce
+def load(number: int, *, deep: bool = False) -> str:
+    return str(number)
+
+
+@coalesce(cache={})
+async def load_async(number: int) -> str:
+    return str(number)
+
+
+class Repository:
+    @coalesce
+    def row(self, number: int) -> str:
+        return str(number)
+
+
+async def decorated(repository: Repository) -> None:
+    coalesce(1)  # type: ignore[call-overload]
+    coalesce(ShardedFlight())  # type: ignore[call-overload]
+    coalesce(flight=8)  # type: ignore[call-overload]
+    coalesce(cache=8)  # type: ignore[call-overload]
+    coalesce(key="k")  # type: ignore[call-overload]
+    coalesce(fetch, timeout=2.0)  # type: ignore[call-overload]
+    load("1")  # type: ignore[arg-type]
+    load(1, True)  # type: ignore[call-arg]
+    load.forget()  # type: ignore[call-arg]
+    number: int = load(1)  # type: ignore[assignment]
+    text: str = load_async(1)  # type: ignore[assignment]
+    repository.row(repository, 1)  # type: ignore[call-arg,arg-type]
+    repository.row("1")  # type: ignore[arg-type]
+    repository.row.forget("1")  # type: ignore[arg-type]
+    print(number, text)
