@@ -112,6 +112,8 @@ def state(error: BaseException | None) -> Any:
         "cause": state(error.__cause__),
         "context": state(error.__context__),
     }
+    if type(error).__module__ == "builtins":  # others may have code of their own to say it
+        found["text"] = str(error)
     notes = found["attributes"].get("__notes__")
     if type(notes) is list:
         found["attributes"]["__notes__"] = notes.copy()

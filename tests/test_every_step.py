@@ -155,18 +155,14 @@ def test_a_follower_leaves_while_the_leader_ends(ends: str) -> None:
     each_step(scenario)
 
 
-@pytest.mark.skipif(
-    shardedflight._core.compiled, reason="the compiled core lets nobody in between"
-)
+@pytest.mark.skipif(shardedflight.__compiled__, reason="the compiled core lets nobody in between")
 def test_a_newcomer_comes_while_the_leader_ends() -> None:
     """2: it joins and is served, or it leads: never both, never neither."""
 
     def scenario(step: int) -> bool:
         flight = ShardedFlight()
         newcomers: list[Future[Any]] = []
-        intruder = Intruder(
-            step, lambda: newcomers.append(spawn(flight.do, lambda: "own", "k"))
-        )
+        intruder = Intruder(step, lambda: newcomers.append(spawn(flight.do, lambda: "own", "k")))
         intruder.begin()
         outcome = intruder.outcome_of(lambda: flight.do(lambda: "led", "k"))
         for newcomer in newcomers:

@@ -43,6 +43,9 @@ is the same code. `COMPILED` tells the two apart.
 The shape of it, one record per running key, is that of Go's `singleflight.go`
 (https://pkg.go.dev/golang.org/x/sync/singleflight); sharding by a masked hash is ShardedFlight's.
 """
+# What is used behind `if COMPILED` is set behind it; and the functions of C have no types here.
+# mypy: disable-error-code="possibly-undefined, no-any-return"
+# pyright: reportPossiblyUnboundVariable=false
 
 import enum
 import itertools
@@ -695,16 +698,20 @@ class _Mark:
 #: it is not taken for a lone part that is a tuple; that of none is NO_PART.
 NO_PART: Any = _Mark("<no part>")
 SEVERAL: Any = _Mark("<several parts>")
+#: Compiled: further parts of which there are none, and a seat that has not been made.
 NONE_MORE = ()
+NO_SEAT: Any = None
 
 
 def public_key(key: Any) -> Any:
     """The key as its user knows it: one part, or the tuple of several."""
     if key is NO_PART:
         return ()
-    if type(key) is tuple and len(key) == 3 and key[0] is SEVERAL:
-        return (key[1], *key[2])
-    return key
+    if type(key) is tuple:
+        several: tuple[Any, ...] = key  # pyright: ignore[reportUnknownVariableType]
+        if len(several) == 3 and several[0] is SEVERAL:
+            return (several[1], *several[2])
+    return key  # pyright: ignore[reportUnknownVariableType]
 
 
 def key_of(parts: tuple[Any, ...]) -> Any:
@@ -814,7 +821,7 @@ class Core:
     def _made_shards(self) -> list[Shard]:
         return [shard for shard in self._shards if shard is not None]
 
-    def do(
+    def do(  # noqa: C901 - the hot path in both its forms, written out
         self, fn: Callable[[], T], part: Any = NO_PART, /, *more: Any, timeout: float | None = None
     ) -> tuple[T, bool]:
         """Runs `fn`, or waits for the caller that already runs it for this key.
@@ -844,9 +851,10 @@ class Core:
             key = self._build_key(*(() if part is NO_PART else (part, *more)))
         elif not COMPILED:  # the same as key_of(parts), without the call
             key = (SEVERAL, part, more) if more else part
+        seat: Any
         if COMPILED:
             # The seat is a slot in the line. Key and seat are made only if somebody meets it.
-            seat = None
+            seat = NO_SEAT
             slot = TAKEN
             if self._build_key is None:
                 first, rest = borrow(part), borrow(more)
@@ -878,15 +886,15 @@ class Core:
                 value = fn()
                 if type(value) is CoroutineType:
                     if COMPILED:
-                        seat = line_release(line, slot, h, seat) or line_seat(line, TAKEN, first, rest)
-                        slot = TAKEN
+                        if seat is NO_SEAT:
+                            seat = line_seat(line, slot, first, rest)
                         shard = self._shard_of(seat[0], h)
                     self._conclude(shard, h, seat, seat[1], End.LOST)
                     refuse_coroutine(value)
                 if COMPILED:
                     seat = line_release(line, slot, h, seat)
                     slot = TAKEN
-                    if seat is None:
+                    if seat is NO_SEAT:
                         return value, False
                     shard = self._shard_of(seat[0], h)
                 else:
@@ -896,13 +904,13 @@ class Core:
                 record = self._conclude(shard, h, seat, seat[1], End.VALUE, value)
                 return value, record is not None and record.shared
             if COMPILED:
-                if seat is None:
+                if seat is NO_SEAT:
                     seat = line_seat(line, slot, first, rest)
                 shard = self._shard_of(seat[0], h)
             return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
             if COMPILED:
-                if seat is None:
+                if seat is NO_SEAT:
                     seat = line_seat(line, slot, first, rest)
                 shard = self._shard_of(seat[0], h)
             try:
@@ -914,9 +922,7 @@ class Core:
                 raise
             raise
 
-    def _fail(
-        self, shard: Shard, h: int, seat: Seat, leader: Any, error: BaseException
-    ) -> None:
+    def _fail(self, shard: Shard, h: int, seat: Seat, leader: Any, error: BaseException) -> None:
         """Ends the leader's run with what its function raised, as seen from the caller's frame."""
         if issubclass(type(error), Exception):
             traceback = traceback_of(error)
@@ -942,7 +948,7 @@ class Core:
     def _follow(
         self, shard: Shard, h: int, seat: Seat, fn: Callable[[], T], timeout: float | None
     ) -> tuple[T, bool]:
-        """`do`, when the place in the table is taken, or another one with this hash is beside it."""
+        """`do`, when its place in the table is taken, or somebody with this hash is beside it."""
         raise NotImplementedError
 
     # -- watching ---------------------------------------------------------------------------------
@@ -984,7 +990,7 @@ class Core:
         self._make_shards()
 
 
-if COMPILED:
+if cython.compiled:
     # All threads take the method from the class for each call.
     defer(vars(Core)["do"])
 

@@ -38,13 +38,21 @@ from ._lock import SteadyLock
 from ._waiting import LoopRun
 from .exceptions import DeadlockError
 
-__all__ = ["begin_run", "begin_wait", "check_wait", "current_run", "end_wait", "leading_code", "pause"]
+__all__ = [
+    "begin_run",
+    "begin_wait",
+    "check_wait",
+    "current_run",
+    "end_wait",
+    "leading_code",
+    "pause",
+]
 
 #: The innermost run in whose function this code runs, or whose function has started it.
 current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run", default=None)
 
 #: The functions of ours below which a leader's function runs on its caller's stack. Each has the
-#: local variables `seat`, `shard` and `h`, or `items` that have them. What is compiled has no frame.
+#: local variables `seat`, `shard` and `h`, or `items` that have them. Compiled ones have no frame.
 leading_code: set[types.CodeType] = set() if compiled else {Core.do.__code__}
 
 #: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it.
@@ -67,13 +75,14 @@ def begin_run(run: LoopRun) -> None:
 
 
 def begin_wait(
-    shard: Shard, executions: Sequence[Execution], future: "asyncio.Future[Any] | None" = None
+    shard: Shard, executions: Sequence[Any], future: "asyncio.Future[Any] | None" = None
 ) -> None:
     """From now on this thread waits for `executions`, or this task by awaiting `future`.
 
     Args:
         shard: Where a deadlock is counted.
-        executions: What is waited for; all of them.
+        executions: What is waited for; all of them. Records, or what has `leader`, `seat` and `key`
+            as they have.
         future: What the task awaits. None: the thread blocks.
 
     Raises:
@@ -218,7 +227,7 @@ def _thread_of(leader: Any) -> int | None:
     if isinstance(leader, int):
         return leader
     if isinstance(leader, Run) and not isinstance(leader, LoopRun):
-        thread: int | None = leader.thread
+        thread: int | None = getattr(leader, "thread", None)  # that of a future's run
         return thread
     return None
 

@@ -8,7 +8,7 @@ import os
 import sys
 from _thread import start_new_thread
 from asyncio import Task, get_running_loop
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from threading import get_ident
@@ -603,6 +603,7 @@ def _check_executor(executor: object) -> None:
 _pool_lock = SteadyLock()
 
 leading_code.add(ShardedFlight._lead.__code__)
+
 
 def _loop_closed() -> None:
     for flight in all_flights():

@@ -162,9 +162,7 @@ class _Batch:
     ) -> Execution | None:
         if item.seat is None:  # interrupted before
             return None
-        return self.flight._conclude(
-            item.shard, item.h, item.seat, leader, end, value, traceback
-        )
+        return self.flight._conclude(item.shard, item.h, item.seat, leader, end, value, traceback)
 
     def leave(self, waiter: Waiter) -> None:
         """The caller goes: leaves what it has joined, hands over what it was to lead."""
@@ -228,7 +226,7 @@ def do_many(
                 end_wait()
             promoted = batch.hear(sleeper.news)
             for item in promoted:
-                item.shard.adopt(item.seat, sleeper, me)
+                item.shard.adopt(cast("Seat", item.seat), sleeper, me)
             if promoted:
                 _lead(batch, promoted, me, fn)
         return batch.answer()
@@ -304,7 +302,7 @@ async def do_many_async(
             if promoted:
                 run = LoopRun(loop)
                 for item in promoted:
-                    item.shard.adopt(item.seat, inbox, run)
+                    item.shard.adopt(cast("Seat", item.seat), inbox, run)
                 runs[run] = promoted
                 flight._start(run, _run(batch, run, inbox, promoted, fn))
         return batch.answer()

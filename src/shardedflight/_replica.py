@@ -94,7 +94,9 @@ class Failure:
         _TRACEBACK.__set__(error, self._traceback)
         for descriptor, value in self._state:
             try:
-                descriptor.__set__(error, value)
+                # An empty member of C's reads as None, and would not be empty once None is set.
+                if value is not None or not _reads_none(descriptor, error):
+                    descriptor.__set__(error, value)
             except (AttributeError, TypeError):
                 pass  # read-only: it was set when the object was made
         _DICT.__get__(error).update(_unshare_notes(self._attributes.copy()))
@@ -125,6 +127,13 @@ def _unshare_notes(attributes: dict[str, Any]) -> dict[str, Any]:
     if isinstance(notes, list):
         attributes["__notes__"] = notes.copy()
     return attributes
+
+
+def _reads_none(descriptor: Any, error: BaseException) -> bool:
+    try:
+        return descriptor.__get__(error) is None
+    except AttributeError:
+        return False
 
 
 def _slot_values(error: BaseException) -> Iterator[tuple[Any, Any]]:

@@ -168,7 +168,7 @@ def _wake_futures(futures: "list[asyncio.Future[Any]]", answer: tuple[Any, bool]
             future.set_result(answer)
 
 
-def offer(execution: Execution, heir: Any, refused: Callable[[], None]) -> bool:
+def offer(execution: Execution, heir: Any, refused: Callable[[], object]) -> bool:
     """Tells `heir` that it leads `execution` now.
 
     Args:
@@ -192,7 +192,7 @@ def _promote(future: "asyncio.Future[Any]") -> bool:
     return not future.cancelled()
 
 
-def _promote_or(future: "asyncio.Future[Any]", refused: Callable[[], None]) -> None:
+def _promote_or(future: "asyncio.Future[Any]", refused: Callable[[], object]) -> None:
     if not _promote(future):
         refused()
 
