@@ -210,6 +210,45 @@ def test_a_call_for_a_key_inside_its_own_function_is_an_error(
 
 
 @pytest.mark.parametrize("shards", [1, 16])
+def test_the_keys_in_between_are_named_in_order(shards: int) -> None:
+    """Section 7: "naming the keys in order": each one's function waits for the next."""
+    flight = ShardedFlight(shards)
+
+    def led_by_many(names: list[str]) -> dict[str, object]:
+        return {names[0]: flight.do(lambda: flight.do(never, "a"), "d", "e")}
+
+    def body() -> object:
+        return flight.do(lambda: flight.do(lambda: flight.do_many(led_by_many, ["c"]), ("b",)), "a")
+
+    error = deadlock_in(spawn(body).exception(PATIENCE))
+    assert error.keys == ("a", ("b",), "c", ("d", "e"), "a")
+    assert_clean(flight)
+
+
+def test_what_an_heir_leads_is_named_in_order() -> None:
+    """Section 7: also what it has taken over from another thread."""
+    flight = ShardedFlight()
+    lose = threading.Event()
+
+    def lost() -> None:
+        assert lose.wait(PATIENCE)
+        raise Lost
+
+    led = spawn(flight.do, lost, "b")
+    eventually(lambda: flight.in_flight() == 1)
+    own = spawn(
+        flight.do,
+        lambda: flight.do(lambda: flight.do(lambda: flight.do(never, "a"), "c"), "b"),
+        "a",
+    )
+    eventually(lambda: flight.stats().waiting == 1)
+    lose.set()
+    assert isinstance(led.exception(PATIENCE), Lost)
+    assert deadlock_in(own.exception(PATIENCE)).keys == ("a", "b", "c", "a")
+    assert_clean(flight)
+
+
+@pytest.mark.parametrize("shards", [1, 16])
 @pytest.mark.parametrize("depth", [2, 3, 40])
 def test_a_call_for_a_key_further_out_on_the_same_thread(depth: int, shards: int) -> None:
     """Section 7, sentence 1: "from inside that key's own function", at any depth.

@@ -588,10 +588,10 @@ cdef class Core:
     cdef int _shift
     cdef public object _shards, _single
 
-    cpdef object place(self, tuple parts)
-    cpdef object _shard_of(self, object key, Py_hash_t h)
-    cpdef object _shard_at(self, size_t index)
-    cpdef object _index(self, object key, Py_hash_t h)
+    cpdef tuple _place(self, tuple parts)
+    cdef Shard _shard_of(self, object key, Py_hash_t h)
+    cdef Shard _shard_at(self, size_t index)
+    cdef object _index(self, object key, Py_hash_t h)
 
 cpdef object key_of(tuple parts)
-cdef bint is_cancelled(object waiter) except -1
+cdef int count_served(dict waiters) except -1

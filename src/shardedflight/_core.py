@@ -645,11 +645,7 @@ class Shard:
                 record.predecessor = leader
                 record.leader = heir
                 return record, heir
-            # A follower that was cancelled in the same moment has not left yet.
-            served = len(waiters)
-            for waiter in waiters:
-                if is_cancelled(waiter):
-                    served -= 1
+            served = count_served(waiters)
             failure = Failure(value, traceback) if end is End.ERROR and waiters else None
             if not self.unlink(h, seat):
                 self._remove_from_overflow(h, seat)
@@ -676,10 +672,18 @@ class Shard:
             self._mark()
 
 
-def is_cancelled(waiter: Any) -> bool:
-    """Whether a waiter that can be cancelled has been."""
-    cancelled = getattr(waiter, "cancelled", None)
-    return cancelled is not None and bool(cancelled())
+def count_served(waiters: dict[Any, Any]) -> int:
+    """How many of them will have the outcome: one may be cancelled that has not left yet.
+
+    A function, for it is called under a lock: of a loop below `with`, CPython 3.14 leaves out the
+    jump behind an `if` from what `with` covers, and it runs signal handlers there.
+    """
+    served = 0
+    for waiter in waiters:
+        cancelled = getattr(waiter, "cancelled", None)
+        if cancelled is None or not cancelled():
+            served += 1
+    return served
 
 
 class _Mark:
@@ -785,7 +789,7 @@ class Core:
         """How many shards the flight has."""
         return int(self._mask + 1)
 
-    def place(self, parts: tuple[Any, ...]) -> tuple[Any, int, Shard]:
+    def _place(self, parts: tuple[Any, ...]) -> tuple[Any, int, Shard]:
         """The key of a call with these parts, what places it in the tables, and its shard."""
         key = key_of(parts) if self._build_key is None else self._build_key(*parts)
         h = hash_of(key)
@@ -953,7 +957,7 @@ class Core:
 
     # -- watching ---------------------------------------------------------------------------------
 
-    def executions(self) -> list[tuple[Shard, int, Seat]]:
+    def _executions(self) -> list[tuple[Shard, int, Seat]]:
         """Those that run now, with their shards and the hashes of their keys."""
         return [
             (shard, h, seat)

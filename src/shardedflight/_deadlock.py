@@ -368,7 +368,7 @@ def _led_by(thread: int) -> list[Seat]:
     if compiled:
         by_serial: dict[int, Seat] = {}
         for flight in all_flights():
-            for shard, _, seat in flight.executions():
+            for shard, _, seat in flight._executions():
                 if _thread_of(shard.leader(seat)) == thread:
                     by_serial.setdefault(shard.serial(seat), seat)
         return [by_serial[serial] for serial in sorted(by_serial)]

@@ -247,7 +247,7 @@ class ShardedFlight(Core):
             TypeError: The key is not hashable, a hook returned what it must not, or `fn` returned
                 something that can not be awaited: use `do`.
         """
-        key, h, shard = self.place(parts)
+        key, h, shard = self._place(parts)
         loop = get_running_loop()
         seat: Seat | None = None
         record: Execution | None = None
@@ -402,7 +402,7 @@ class ShardedFlight(Core):
             RuntimeError: The executor takes no work any more.
         """
         refuse_coroutine_function(fn)
-        key, h, shard = self.place(parts)
+        key, h, shard = self._place(parts)
         future = FlightFuture(self, fn, shard, h)
         seat = (key, future)
         record: Execution | None = None
@@ -531,7 +531,7 @@ class ShardedFlight(Core):
         Raises:
             TypeError: The key is not hashable, or a hook returned what it must not.
         """
-        key, h, shard = self.place(parts)
+        key, h, shard = self._place(parts)
         shard.forget(h, key)
 
     def in_flight(self) -> int:
@@ -568,7 +568,7 @@ class ShardedFlight(Core):
 
     def _loop_closed(self) -> None:
         """An event loop was closed: what it led is lost."""
-        for shard, h, seat in self.executions():
+        for shard, h, seat in self._executions():
             leader = shard.leader(seat)
             loop = loop_of(leader)
             if loop is not None and loop.is_closed():

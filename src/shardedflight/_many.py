@@ -76,7 +76,7 @@ class _Batch:
         self.own_error: Exception | None = None
         by_key: dict[Any, _Item] = {}
         for name in keys:
-            key, h, shard = flight.place((name,))
+            key, h, shard = flight._place((name,))
             item = by_key.get(key)
             if item is None:
                 item = by_key[key] = _Item(key, h, shard)
