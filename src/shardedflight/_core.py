@@ -420,6 +420,8 @@ class Shard:
         Returns:
             The execution, or None if there is none.
         """
+        if late:
+            settle_late()
         while True:
             seat = self._match(h, key, self.get(h), None)
             if seat is None:
@@ -732,6 +734,21 @@ def leader_here() -> tuple[Any, ...]:
     return (get_ident(),)
 
 
+#: Ends for which there was no room left on the stack: what `Core._fail` takes. Usually a new thread
+#: settles them at once. If there was not even room to start one, the next who waits or looks does.
+late: list[tuple[Any, ...]] = []
+
+
+def settle_late() -> None:
+    """Settles what is in `late`."""
+    while late:
+        try:
+            flight, *arguments = late.pop()
+        except IndexError:  # somebody else was faster
+            return
+        flight._fail(*arguments)
+
+
 _making = SteadyLock()
 
 #: All flights, by id, for what concerns the whole process. A plain dict: it can be read in one step
@@ -783,11 +800,6 @@ class Core:
         self._shards: list[Shard | None] = [None] * (self._mask + 1)
         #: The only shard, where there is only one and no hook to be asked.
         self._single = self._shard_at(0) if self._mask == 0 and self._hash is None else None
-
-    @property
-    def shards(self) -> int:
-        """How many shards the flight has."""
-        return int(self._mask + 1)
 
     def _place(self, parts: tuple[Any, ...]) -> tuple[Any, int, Shard]:
         """The key of a call with these parts, what places it in the tables, and its shard."""
@@ -920,7 +932,8 @@ class Core:
             try:
                 self._fail(shard, h, seat, seat[1], error)
             except RecursionError:  # no room left on this stack
-                start_new_thread(self._fail, (shard, h, seat, seat[1], error))
+                late.append((self, shard, h, seat, seat[1], error))
+                start_new_thread(settle_late, ())
             except BaseException:
                 self._fail(shard, h, seat, seat[1], error)
                 raise
@@ -976,6 +989,8 @@ class Core:
 
     def _running(self) -> tuple[int, ...]:
         """How many executions run now in each shard."""
+        if late:
+            settle_late()
         running = lines_running(self._memory) if COMPILED else [0] * len(self._shards)
         for index, shard in enumerate(self._shards):
             if shard is not None:

@@ -26,10 +26,12 @@ from ._core import (
     Shard,
     all_flights,
     gil_enabled,
+    late,
     not_awaitable,
     refuse_coroutine,
     refuse_coroutine_function,
     register,
+    settle_late,
 )
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code, pause
 from ._future import FlightFuture
@@ -217,7 +219,8 @@ class ShardedFlight(Core):
             try:
                 self._fail(shard, h, seat, leader, error)
             except RecursionError:  # see Core.do
-                start_new_thread(self._fail, (shard, h, seat, leader, error))
+                late.append((self, shard, h, seat, leader, error))
+                start_new_thread(settle_late, ())
             except BaseException:  # interrupted: see Core.do
                 self._fail(shard, h, seat, leader, error)
                 raise
@@ -353,7 +356,8 @@ class ShardedFlight(Core):
             if isinstance(error, GeneratorExit):  # see do_async
                 self._on_a_thread(self._fail, shard, h, seat, run, error)
             elif isinstance(error, RecursionError):  # see Core.do
-                start_new_thread(self._fail, (shard, h, seat, run, error))
+                late.append((self, shard, h, seat, run, error))
+                start_new_thread(settle_late, ())
             else:
                 self._fail(shard, h, seat, run, error)
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
@@ -519,6 +523,11 @@ class ShardedFlight(Core):
                 self._conclude(shard, h, record.seat, waiter, End.LOST)
 
     # -- watching ---------------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> int:
+        """How many shards the flight has."""
+        return len(self._shards)
 
     def forget(self, *parts: Any) -> None:
         """The next caller for this key starts a new execution.
