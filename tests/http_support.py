@@ -132,8 +132,8 @@ class Reply:
 class Origin:
     """An application for both interfaces. It answers who asked: so a leak shows.
 
-    Each run appends its caller to `runs`, waits for `gate` before the head, and for `rest` before
-    every chunk but the first.
+    Each run appends its caller to `runs`, waits for `gate` before the head (longer if its caller is
+    `held`), and for `rest` before every chunk but the first.
     """
 
     reply: Callable[[str], Reply] = lambda caller: Reply()
@@ -141,7 +141,11 @@ class Origin:
     ended: list[str] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     rest: threading.Event = field(default_factory=threading.Event)
+    held: Callable[[str], bool] = lambda caller: False
     disconnects: list[str] = field(default_factory=list)
+
+    def _may_answer(self, caller: str) -> bool:
+        return self.gate.is_set() and not self.held(caller)
 
     def _reply(self, caller: str) -> tuple[Reply, list[tuple[str, str]], list[bytes]]:
         reply = self.reply(caller)
@@ -162,7 +166,7 @@ class Origin:
         await receive()
         left = asyncio.create_task(self._listen(receive, caller))
         try:
-            await eventually_async(self.gate.is_set)
+            await eventually_async(lambda: self._may_answer(caller))
             reply, headers, chunks = self._reply(caller)
             raw = [(name.lower().encode(), value.encode()) for name, value in headers]
             await send({"type": "http.response.start", "status": reply.status, "headers": raw})
@@ -185,7 +189,7 @@ class Origin:
         caller = environ["HTTP_X_CALLER"]
         self.runs.append(caller)
         try:
-            eventually(self.gate.is_set)
+            eventually(lambda: self._may_answer(caller))
             reply, headers, chunks = self._reply(caller)
             start_response(f"{reply.status} {http.client.responses[reply.status]}", headers)
         except BaseException:
@@ -285,5 +289,6 @@ def site(
             yield Site(kind, origin, port, middleware)
         finally:
             # Whatever a failed test has left waiting ends, so that the server can.
+            origin.held = lambda _: False
             origin.gate.set()
             origin.rest.set()

@@ -551,36 +551,38 @@ def test_an_exception_is_the_leaders_alone_elsewhere(kind: str, options: Any) ->
 
 
 def test_followers_that_wait_too_long_share_one_replacement(kind: str) -> None:
-    hung = Origin()
-
-    with site(kind, hung, follower_timeout=0.2) as s:
+    origin = Origin(held=lambda caller: caller == "leader")
+    with site(kind, origin, follower_timeout=0.5) as s:
         leader = s.lead()
         followers = s.ask_all(names("f", 20))
         eventually(lambda: len(s.origin.runs) == 2, "the replacement")
         eventually(lambda: s.waiting == 19, "the others wait for it")
-        assert s.origin.runs[0] == "leader"
-        s.origin.gate.set()
-        answers = results(followers)
-        assert leader.result(PATIENCE).body == "leader"
-        # Those that waited for the replacement got its answer or the first one's: all are good.
-        assert {answer.body for answer in answers.values()} <= set(s.origin.runs)
-        assert s.stats.replaced >= 1
+        s.origin.gate.set()  # for all but the leader
+        bodies = {answer.body for answer in results(followers).values()}
+        # One, unless the machine was so slow that a replacement was replaced in its turn.
+        assert bodies == set(s.origin.runs[1:])
+        assert s.stats.replaced == len(bodies)
         assert s.stats.passed == {}
-
-
-def test_an_application_slower_than_the_timeout_answers_everybody(kind: str) -> None:
-    """Each replacement would time out in its turn, if nobody looked at the first one's answer."""
-    with site(kind, follower_timeout=0.1) as s:
-        leader = s.lead()
-        followers = s.ask_all(names("f", 5))
-        eventually(lambda: s.stats.replaced >= 2, "two replacements")
-        gates = s.origin.gate
-        s.origin.gate = type(gates)()  # whoever runs from now on never ends by itself
-        gates.set()
+        assert not leader.done()
+        origin.held = lambda _: False
         assert leader.result(PATIENCE).body == "leader"
-        # Runs that have begun look at the new gate; the leader may have been the only one to pass.
-        s.origin.gate.set()
-        assert all(answer.status == 200 for answer in results(followers).values())
+
+
+def test_the_first_answer_is_good_for_those_who_turned_to_a_replacement(kind: str) -> None:
+    """Else an application slower than the timeout would answer one follower per timeout."""
+    origin = Origin(held=lambda caller: caller != "leader")
+    with site(kind, origin, follower_timeout=0.2) as s:
+        leader = s.lead()
+        followers = s.ask_all(names("f", 30))
+        eventually(lambda: s.stats.replaced == 2, "two replacements")
+        s.origin.gate.set()  # for the leader alone: the replacements never end by themselves
+        assert leader.result(PATIENCE).body == "leader"
+        eventually(lambda: all(f.done() for c, f in followers.items() if c not in s.origin.runs))
+        for caller, future in followers.items():
+            if caller not in s.origin.runs:
+                assert future.result(PATIENCE).body == "leader"
+        origin.held = lambda _: False
+        results(followers)
 
 
 def test_more_followers_than_the_limit_pass_through(kind: str) -> None:
@@ -599,7 +601,7 @@ def test_more_followers_than_the_limit_pass_through(kind: str) -> None:
 
 
 def test_the_execution_outlives_the_leaders_client(kind: str) -> None:
-    with site(kind, Origin(lambda _: Reply(chunks=["a"] + ["b"] * 50))) as s:
+    with site(kind, Origin(lambda _: Reply(chunks=["a", *"b" * 50]))) as s:
         leader = s.open("leader")
         eventually(lambda: s.origin.runs == ["leader"])
         followers = s.follow(names("f", 5))
@@ -609,7 +611,6 @@ def test_the_execution_outlives_the_leaders_client(kind: str) -> None:
         answers = results(followers)
         assert {answer.body for answer in answers.values()} == {"a" + "b" * 50}
         assert s.origin.runs == ["leader"]
-        assert s.origin.disconnects in ([], ["leader"])
         eventually(lambda: s.origin.ended == ["leader"])
 
 

@@ -21,7 +21,7 @@ import os
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
@@ -70,13 +70,16 @@ class HttpStats:
 class Round:
     """One execution and those who wait for it. `Rounds` changes it, under its lock."""
 
-    __slots__ = ("bell", "failed", "followers", "key", "led", "name", "verdict")
+    __slots__ = ("bell", "failed", "followers", "key", "led", "name", "successors", "verdict")
 
-    def __init__(self, key: Hashable, name: str) -> None:
+    def __init__(self, key: Hashable, address: str) -> None:
         #: The request's key and variant.
         self.key = key
         #: The flight's key: a text, so that any hash and key builder can work with it.
-        self.name = f"{name} #{next(_numbers)}"
+        self.name = f"{address} #{next(_numbers)}"
+        #: Where those who waited here have gone on to, by key. Its answer is good for all of them,
+        #: also for those who come later than it: they were there already when it began.
+        self.successors: dict[Hashable, Round] = {}
         #: Callers that are not the leader.
         self.followers = 0
         #: The application runs, and the leader's own request is still there.
@@ -106,18 +109,29 @@ class Rounds:
 
     # -- joining and leaving ----------------------------------------------------------------------
 
-    def join(self, request: Request, fields: tuple[str, ...]) -> Round | Pass:
-        """Makes a request a follower of its round, which it will lead if it is the first."""
+    def join(self, request: Request, fields: tuple[str, ...], before: Round | None) -> Round | Pass:
+        """Makes a request a follower of its round, which it will lead if it is the first.
+
+        Args:
+            request: The request.
+            fields: What it was told that answers vary by.
+            before: The round that it has waited for before. What the others from there have joined
+                may have a verdict already.
+        """
         with self._lock:
             _, refusal, learned = self._known(request.key)
             if refusal is not None:
                 return Pass.LEARNED
             key = (request.key, request.variant((*fields, *learned)))
-            found = self._open.get(key)
+            found = None if before is None else before.successors.get(key)
             if found is None:
-                found = self._open[key] = Round(key, request.name)
+                found = self._open.get(key)
+            if found is None:
+                found = self._open[key] = Round(key, request.address)
             elif found.followers >= self.rules.max_waiters:
                 return Pass.WAITERS
+            if before is not None:
+                before.successors.setdefault(key, found)
             found.followers += 1
             return found
 
@@ -155,17 +169,28 @@ class Rounds:
             self._unlink(round_)
             return True
 
-    def replace(self, round_: Round) -> None:
-        """Whoever joins from now on gets a new round. That of one that was replaced stays."""
-        with self._lock:
-            if self._unlink(round_):
-                self._replaced += 1
+    def replace(self, rounds: Sequence[Round]) -> Verdict | None:
+        """A follower has waited for the last of `rounds` too long: whoever joins gets a new one.
 
-    def _unlink(self, round_: Round) -> bool:
-        if self._open.get(round_.key) is not round_:
-            return False
-        del self._open[round_.key]
-        return True
+        Returns:
+            What one of the rounds, or of those that replaced them, has come to. Nothing is replaced
+            then.
+        """
+        with self._lock:
+            for round_ in rounds:
+                late: Round | None = round_
+                while late is not None:
+                    if late.verdict is not None:
+                        return late.verdict
+                    late = late.successors.get(late.key)
+            if self._open.get(rounds[-1].key) is rounds[-1]:
+                self._unlink(rounds[-1])
+                self._replaced += 1
+            return None
+
+    def _unlink(self, round_: Round) -> None:
+        if self._open.get(round_.key) is round_:
+            del self._open[round_.key]
 
     # -- ends -------------------------------------------------------------------------------------
 
@@ -302,7 +327,7 @@ class Caller:
         """The round to wait for; None if the request passes through, which is counted."""
         reason = Pass.RELEASED
         if not self._released:
-            joined = self._rounds.join(self.request, self._fields)
+            joined = self._rounds.join(self.request, self._fields, self._round)
             if isinstance(joined, Round):
                 self._round = joined
                 return joined
@@ -330,12 +355,10 @@ class Caller:
         """
         assert self._round is not None
         if verdict is None:
-            self._rounds.replace(self._round)
             self._earlier.append(self._round)
-            verdicts = [late.verdict for late in self._earlier if late.verdict is not None]
-            if not verdicts:
+            verdict = self._rounds.replace(self._earlier)
+            if verdict is None:
                 return None
-            verdict = verdicts[0]
         if not isinstance(verdict, Shared):
             self._released = True
         elif verdict.fits(self.request):
@@ -347,10 +370,10 @@ class Caller:
             self._fields = tuple({*self._fields, *fields})
         return None
 
-    def reconsider(self, code: int, headers: Mapping[str, str]) -> None:
-        """The head of the answer to a request that passed through. Never raises."""
+    def reconsider(self, read: Callable[[], tuple[int, Mapping[str, str]]]) -> None:
+        """Looks at the head of the answer to a request that passed through. Never raises."""
         try:
-            self._rounds.reconsider(self.request, code, headers)
+            self._rounds.reconsider(self.request, *read())
         except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
             self._rounds.count_error(error, passed=False)
 

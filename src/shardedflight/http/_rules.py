@@ -224,7 +224,7 @@ class Request:
 
     Attributes:
         key: What makes two requests the same one.
-        name: Method and address without the query, for people.
+        address: Method and address without the query, for people.
         method: GET or HEAD.
         headers: The folded header fields.
         authorized: It has an Authorization field that is not in the key.
@@ -232,7 +232,7 @@ class Request:
     """
 
     key: Hashable
-    name: str
+    address: str
     method: str
     headers: Mapping[str, str]
     authorized: bool
@@ -395,7 +395,7 @@ class Rules:
         )
         return Request(
             key=(method, scheme, host, target, authorized, fields),
-            name=f"{method} {scheme}://{host}{path}",
+            address=f"{method} {scheme}://{host}{path}",
             method=method,
             headers=headers,
             authorized=authorized,

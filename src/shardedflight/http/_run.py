@@ -70,10 +70,11 @@ class ThreadRun(Run):
         caller = self.caller
         while (round_ := caller.join()) is not None:
             self._round = round_
-            verdict: Verdict | None = None
+            verdict = round_.verdict
             try:
-                timeout = self.rounds.rules.follower_timeout
-                verdict, _ = flight.do(self._lead, round_.name, timeout=timeout)
+                if verdict is None:
+                    timeout = self.rounds.rules.follower_timeout
+                    verdict, _ = flight.do(self._lead, round_.name, timeout=timeout)
             except FlightTimeout:
                 if self.failed:
                     raise
@@ -128,13 +129,14 @@ class TaskRun(Run):
         caller = self.caller
         while (round_ := caller.join()) is not None:
             self._round = round_
-            verdict: Verdict | None = None
+            verdict = round_.verdict
             limit = asyncio.timeout(self.rounds.rules.follower_timeout)
             try:
                 async with limit:
                     self._limit = limit
                     self.watch(limit)
-                    verdict, _ = await flight.do_async(self._lead, round_.name)
+                    if verdict is None:
+                        verdict, _ = await flight.do_async(self._lead, round_.name)
             except TimeoutError:
                 if self.begun or not limit.expired():
                     raise

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeAlias, Unpack
 
-from shardedflight import ShardedFlight
+from shardedflight import DeadlockError, ShardedFlight
 
-from ._rounds import Adapter, Caller
+from ._rounds import Adapter, Caller, Round
 from ._rules import Options, Pass, Refusal, Request, Shared, Verdict, Where, fold
 from ._run import TaskRun
 
@@ -31,6 +32,10 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 _EXTENSIONS = frozenset(
     {"http.response.pathsend", "http.response.zerocopysend", "http.response.trailers"}
 )
+
+
+#: The rounds in whose applications this code runs.
+_led_here: ContextVar[tuple[Round, ...]] = ContextVar("shardedflight.http.led", default=())
 
 
 class CoalesceMiddleware(Adapter[App]):
@@ -130,12 +135,8 @@ async def _answer(shared: Shared, send: Send) -> None:
 
 async def _send_observed(caller: Caller, send: Send, message: Message) -> None:
     if message["type"] == "http.response.start":
-        caller.reconsider(message["status"], _folded(message))
+        caller.reconsider(lambda: (message["status"], fold(_headers(message))))
     await send(message)
-
-
-def _folded(message: Message) -> dict[str, str]:
-    return fold(_headers(message))
 
 
 def _headers(message: Message) -> list[tuple[str, str]]:
@@ -272,6 +273,8 @@ class _Run(TaskRun):
         return verdict
 
     async def _run_app(self) -> None:
+        # The flight does not see that it depends on this task.
+        _led_here.set((*_led_here.get(), self.round))
         try:
             await self._app(self._scope, self._receive, self._send)
         except Exception:
@@ -361,6 +364,9 @@ class _Run(TaskRun):
         return self._client.gone
 
     def watch(self, limit: asyncio.Timeout) -> None:
+        if self.round in _led_here.get():
+            name = self.round.name
+            raise DeadlockError(f"{name!r} asks for itself", (name, name))
         if self.round.led or self.round.followers > 1:
             self._client.watch(limit)
 

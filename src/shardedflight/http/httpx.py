@@ -180,7 +180,7 @@ def _decoded(headers: httpx.Headers) -> list[tuple[str, str]]:
 
 
 def _reconsider(run: Run, response: httpx.Response) -> None:
-    run.caller.reconsider(response.status_code, fold(_decoded(response.headers)))
+    run.caller.reconsider(lambda: (response.status_code, fold(_decoded(response.headers))))
 
 
 def _head(run: Run, response: httpx.Response) -> Verdict | None:

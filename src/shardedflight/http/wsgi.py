@@ -7,7 +7,6 @@ asks for the parts of a body only after we have returned to it, which we do not 
 have their answer.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
@@ -125,8 +124,7 @@ def _code(status: str) -> int:
 def _start_observed(
     caller: Caller, start_response: StartResponse, status: str, headers: Any, *exc_info: Any
 ) -> Write:
-    with contextlib.suppress(ValueError):  # the server will say what is wrong with the status
-        caller.reconsider(_code(status), fold(headers))
+    caller.reconsider(lambda: (_code(status), fold(headers)))
     return start_response(status, headers, *exc_info)
 
 
