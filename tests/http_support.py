@@ -31,7 +31,14 @@ KINDS = ("asgi", "wsgi")
 def serve_asgi(app: Any, **settings: Any) -> Iterator[int]:
     """Serves `app` by uvicorn on a thread; gives the port."""
     config = uvicorn.Config(
-        app, port=0, log_config=None, loop="asyncio", http="h11", backlog=1024, **settings
+        app,
+        port=0,
+        interface="asgi3",
+        log_config=None,
+        loop="asyncio",
+        http="h11",
+        backlog=1024,
+        **settings,
     )
     server = uvicorn.Server(config)
     ended = spawn(server.run)

@@ -159,7 +159,7 @@ _HOP_BY_HOP = frozenset(
 )
 
 #: RFC 9211 section 2: what a cache did. The answer came from no store, but from another's request.
-_CACHE_STATUS = ("cache-status", "shardedflight; fwd=miss; collapsed")
+_CACHE_STATUS = ("Cache-Status", "shardedflight; fwd=miss; collapsed")
 
 _STREAMS = frozenset({"text/event-stream", "multipart/x-mixed-replace"})
 
@@ -177,8 +177,8 @@ def fold(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_DIRECTIVE = re.compile(rf'[ \t]*({_WORD})(?:=(?:"((?:[^"\\]|\\.)*)"|({_WORD})))?[ \t]*(?:,|$)')
-_NOTHING = re.compile(r"[ \t]*(?:,|$)")
+_DIRECTIVE = re.compile(rf'[ \t]*({_WORD})(?:=(?:"((?:[^"\\]|\\.)*)"|({_WORD})))?[ \t]*(?:,|\Z)')
+_NOTHING = re.compile(r"[ \t]*(?:,|\Z)")
 
 
 def directives(value: str) -> dict[str, str]:

@@ -128,7 +128,7 @@ class CoalesceMiddleware(Adapter[App]):
 
 
 async def _answer(shared: Shared, send: Send) -> None:
-    headers = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in shared.headers]
+    headers = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in shared.headers]
     await send({"type": "http.response.start", "status": shared.status, "headers": headers})
     await send({"type": "http.response.body", "body": shared.body})
 
