@@ -237,16 +237,23 @@ class Rounds:
             return _NOTHING_LEARNED
         return known
 
+    def has_learned(self, request: Request) -> bool:
+        """Whether the key passes through."""
+        known = self._learned.get(request.key)  # without the lock: a dict is read in one step
+        return known is not None and known[1] is not None and known[0] > time.monotonic()
+
     def reconsider(self, request: Request, code: int, headers: Mapping[str, str]) -> None:
         """A request that passed through gets this answer: the key is good again if that is."""
         if request.key not in self._learned:
             return
         refusal = self.rules.judge(request, code, headers)
+        if refusal is not None:
+            return
         with self._lock:
             _, reason, _ = self._known(request.key)
             # A head does not tell that a body is short enough now, unless it has a length.
             unknown = reason is Refusal.SIZE and "content-length" not in headers
-            if refusal is None and reason is not None and not unknown:
+            if reason is not None and not unknown:
                 self._learn(request.key, None, tuple(names(headers.get("vary", ""))))
 
     # -- counting ---------------------------------------------------------------------------------
@@ -322,6 +329,13 @@ class Caller:
         self._fields: tuple[str, ...] = ()
         self._released = False
         self._leads = False
+
+    def passes(self) -> bool:
+        """Whether it passes through at once because of what was learned, which is counted."""
+        if not self._rounds.has_learned(self.request):
+            return False
+        self._rounds.count_passed(Pass.LEARNED)
+        return True
 
     def join(self) -> Round | None:
         """The round to wait for; None if the request passes through, which is counted."""

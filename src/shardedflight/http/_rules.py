@@ -135,12 +135,29 @@ _CREDENTIALS = frozenset(
 #: Part of the key besides method, scheme, host, path and query. Ours: negotiated content, whom CORS
 #: lets read it; what makes an answer conditional; and what proxies let an application mistake for
 #: method, host or path, which else would let one client choose the links in everybody's answer.
-_KEY_HEADERS = (
-    *("accept", "accept-encoding", "accept-language", "origin"),
-    *("if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range"),
-    *("x-forwarded-host", "x-forwarded-port", "x-forwarded-prefix", "x-forwarded-proto"),
-    *("x-forwarded-scheme", "x-forwarded-server", "x-original-url", "x-rewrite-url"),
-    *("x-http-method", "x-http-method-override", "x-method-override"),
+_KEY_HEADERS = frozenset(
+    {
+        "accept",
+        "accept-encoding",
+        "accept-language",
+        "if-match",
+        "if-modified-since",
+        "if-none-match",
+        "if-range",
+        "if-unmodified-since",
+        "origin",
+        "x-forwarded-host",
+        "x-forwarded-port",
+        "x-forwarded-prefix",
+        "x-forwarded-proto",
+        "x-forwarded-scheme",
+        "x-forwarded-server",
+        "x-http-method",
+        "x-http-method-override",
+        "x-method-override",
+        "x-original-url",
+        "x-rewrite-url",
+    }
 )
 
 #: RFC 9110 section 7.6.1: for one connection, not for whom the message is passed on to.
@@ -169,6 +186,10 @@ _STREAMS = frozenset({"text/event-stream", "multipart/x-mixed-replace"})
 
 def fold(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
     """The fields by lower-case name; those of one name joined, as RFC 9110 section 5.3 allows."""
+    headers = [*headers]
+    simple = {name.lower(): value for name, value in headers}
+    if len(simple) == len(headers):
+        return simple
     found: dict[str, str] = {}
     for name, value in headers:
         key = name.lower()
@@ -341,7 +362,7 @@ class Rules:
         self.max_waiters = _number("max_waiters", max_waiters, whole=True, positive=True)
         self._server_errors = _flag("server_errors", server_errors)
         self._authorization = _flag("authorization", authorization)
-        self._key_headers = (*_KEY_HEADERS, *_fields("key_headers", key_headers))
+        self._key_headers = _KEY_HEADERS.union(_fields("key_headers", key_headers))
         self._credentials = _CREDENTIALS | set(_fields("private_headers", private_headers))
         self._routes = _matcher("routes", routes)
         self._shareable = _matcher("shareable", shareable)
@@ -388,13 +409,9 @@ class Rules:
             return Pass.NO_STORE
         host = headers.get("host", "")
         authorized = not self._one_client and "authorization" in headers
-        fields = (
-            tuple(headers.items())
-            if self._one_client
-            else tuple([headers.get(field) for field in self._key_headers])
-        )
+        fields = headers.keys() if self._one_client else self._key_headers.intersection(headers)
         return Request(
-            key=(method, scheme, host, target, authorized, fields),
+            key=(method, scheme, host, target, authorized, _items(headers, fields)),
             address=f"{method} {scheme}://{host}{path}",
             method=method,
             headers=headers,
@@ -417,6 +434,9 @@ class Rules:
             return Refusal.SET_COOKIE
         if status not in _STATUSES and not (self._server_errors and status in _SERVER_ERRORS):
             return Refusal.STATUS
+        refused = _refused_by_cache_control(request, headers.get("cache-control"))
+        if refused is not None:
+            return refused
         if "*" in names(headers.get("vary", "")):
             return Refusal.VARY
         if headers.get("content-type", "").partition(";")[0].strip().lower() in _STREAMS:
@@ -424,11 +444,15 @@ class Rules:
         length = headers.get("content-length", "")
         if request.method != "HEAD" and _seconds(length) > self.body_limit:
             return Refusal.SIZE
-        return _refused_by_cache_control(request, headers.get("cache-control"))
+        return None
 
     def shares_failure(self, request: Request) -> bool:
         """Whether an exception instead of an answer goes to all: it is a 500 without a head."""
         return self._server_errors and request.shareable
+
+
+def _items(headers: Mapping[str, str], fields: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    return tuple([(field, headers[field]) for field in sorted(fields)])
 
 
 def _forbids_storing(value: str) -> bool:

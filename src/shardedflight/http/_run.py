@@ -5,7 +5,7 @@ import asyncio
 from shardedflight import FlightTimeout, ShardedFlight
 
 from ._rounds import Caller, Round, Rounds
-from ._rules import Recording, Refusal, Request, Shared, Verdict
+from ._rules import Recording, Refusal, Shared, Verdict
 
 __all__ = ["TaskRun", "ThreadRun"]
 
@@ -13,10 +13,10 @@ __all__ = ["TaskRun", "ThreadRun"]
 class Run:
     """One request: it waits for rounds, and runs the application if it comes to lead one."""
 
-    def __init__(self, rounds: Rounds, request: Request) -> None:
+    def __init__(self, rounds: Rounds, caller: Caller) -> None:
         self.rounds = rounds
-        self.caller = Caller(rounds, request)
-        self.recording = Recording(rounds.rules, request)
+        self.caller = caller
+        self.recording = Recording(rounds.rules, caller.request)
         #: The application runs for this request: what it raises is the request's end.
         self.begun = False
         self._round: Round | None = None
@@ -56,8 +56,8 @@ class Run:
 class ThreadRun(Run):
     """A request that occupies a thread."""
 
-    def __init__(self, rounds: Rounds, request: Request) -> None:
-        super().__init__(rounds, request)
+    def __init__(self, rounds: Rounds, caller: Caller) -> None:
+        super().__init__(rounds, caller)
         #: What ends the leader's own request: the application's error, or its client's.
         self.error: Exception | None = None
 

@@ -16,7 +16,7 @@ import httpx
 
 from shardedflight import ShardedFlight
 
-from ._rounds import Adapter
+from ._rounds import Adapter, Caller
 from ._rules import Options, Pass, Request, Shared, Verdict, Where, fold
 from ._run import Run, TaskRun, ThreadRun
 
@@ -216,7 +216,7 @@ class _ThreadRun(ThreadRun):
     def __init__(
         self, transport: CoalesceTransport, examined: Request, request: httpx.Request
     ) -> None:
-        super().__init__(transport._rounds, examined)
+        super().__init__(transport._rounds, Caller(transport._rounds, examined))
         self._send = transport._app.handle_request
         self._request = request
         self._response: httpx.Response | None = None
@@ -273,7 +273,7 @@ class _TaskRun(TaskRun):
     def __init__(
         self, transport: AsyncCoalesceTransport, examined: Request, request: httpx.Request
     ) -> None:
-        super().__init__(transport._rounds, examined)
+        super().__init__(transport._rounds, Caller(transport._rounds, examined))
         self._send = transport._app.handle_async_request
         self._close_later = transport._close_later
         self._request = request

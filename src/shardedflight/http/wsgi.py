@@ -70,7 +70,10 @@ class CoalesceMiddleware(Adapter[App]):
         request = self._examine(environ)
         if request is None:
             return self._app(environ, start_response)
-        run = _Run(self, request, environ, start_response)
+        caller = Caller(self._rounds, request)
+        if caller.passes():
+            return self._app(environ, partial(_start_observed, caller, start_response))
+        run = _Run(self, caller, environ, start_response)
         try:
             answer = run.fly(self._flight)
         except Exception as error:
@@ -81,7 +84,7 @@ class CoalesceMiddleware(Adapter[App]):
         if run.begun:
             return run.rest()
         if answer is None:
-            return self._app(environ, partial(_start_observed, run.caller, start_response))
+            return self._app(environ, partial(_start_observed, caller, start_response))
         start_response(answer.status, list(answer.headers))
         return [answer.body] if answer.body else []
 
@@ -134,11 +137,11 @@ class _Run(ThreadRun):
     def __init__(
         self,
         middleware: CoalesceMiddleware,
-        request: Request,
+        caller: Caller,
         environ: Environ,
         start_response: StartResponse,
     ) -> None:
-        super().__init__(middleware._rounds, request)
+        super().__init__(middleware._rounds, caller)
         self._app = middleware._app
         self._environ = environ
         self._start_response = start_response
