@@ -43,9 +43,8 @@ class Tap:
 @contextmanager
 def tapped(**options: Any) -> Iterator[tuple[Site, Tap]]:
     origin = Origin()
-    middleware = CoalesceMiddleware(
-        origin.asgi, routes=["/"], **{"follower_timeout": PATIENCE, **options}
-    )
+    options.setdefault("follower_timeout", PATIENCE)
+    middleware = CoalesceMiddleware(origin.asgi, routes=["/"], **options)
     tap = Tap(middleware)
     with serve_asgi(tap) as port:
         try:

@@ -41,7 +41,7 @@ class Shop(Site):
 
 @contextmanager
 def open_shop(framework: str) -> Iterator[Shop]:
-    module = load(framework)
+    module: Any = load(framework)
     gate, runs = threading.Event(), []
     original = module.load_product
 

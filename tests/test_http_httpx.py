@@ -33,14 +33,16 @@ def base(origin: Origin) -> Iterator[str]:
 
 
 def client(base: str, **options: Any) -> Any:
-    transport = CoalesceTransport(**{"follower_timeout": PATIENCE, **options})
+    options.setdefault("follower_timeout", PATIENCE)
+    transport = CoalesceTransport(**options)
     made = httpx.Client(transport=transport, base_url=base, headers=WHO, timeout=PATIENCE)
     made.transport = transport
     return made
 
 
 def async_client(base: str, **options: Any) -> Any:
-    transport = AsyncCoalesceTransport(**{"follower_timeout": PATIENCE, **options})
+    options.setdefault("follower_timeout", PATIENCE)
+    transport = AsyncCoalesceTransport(**options)
     made = httpx.AsyncClient(transport=transport, base_url=base, headers=WHO, timeout=PATIENCE)
     made.transport = transport
     return made

@@ -92,8 +92,8 @@ class Scene:
         self.gate = threading.Event()
         self.runs: list[dict[str, Any]] = []
         self.app = app
-        options = {"routes": ["/"], "follower_timeout": PATIENCE, **options}
-        self.middleware = CoalesceMiddleware(self.run, **options)
+        options.setdefault("follower_timeout", PATIENCE)
+        self.middleware = CoalesceMiddleware(self.run, routes=["/"], **options)
 
     def run(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         self.runs.append(environ)
