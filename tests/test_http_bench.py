@@ -16,5 +16,5 @@ def test_every_case_is_measured() -> None:
         command, check=False, capture_output=True, text=True, timeout=60, env=environment
     )
     assert (run.returncode, run.stderr) == (0, "")
-    assert len(run.stdout.splitlines()) == 3
-    assert run.stdout.count("requests/s with the middleware") == 3
+    assert len(run.stdout.splitlines()) == 4
+    assert run.stdout.count("requests/s with the middleware") == 4

@@ -1,5 +1,7 @@
 """What a request costs that goes through the ASGI middleware and is not collapsed.
 
+The aim is at most 10 % of the throughput for what passes through.
+
 Two uvicorn processes serve the same application, one with the middleware around it. The same
 clients, each on a connection of its own, ask both in rounds that alternate; a round's figure is the
 ratio of the two throughputs. Run it with `python -m shardedflight.bench.http`.
@@ -22,17 +24,20 @@ import uvicorn
 
 from shardedflight.http.asgi import CoalesceMiddleware
 
-#: What the requests of a case look like, by what lets them pass through.
+#: What the requests of a case begin with. `{}` is the number of the connection: where requests may
+#: be collapsed, each connection asks for something of its own.
 CASES = {
-    "a route that is not named": "GET /other HTTP/1.1\r\nHost: here\r\n{fields}\r\n",
-    "a named route, with a cookie": "GET /item HTTP/1.1\r\nHost: h\r\nCookie: a=b\r\n{fields}\r\n",
-    "a key known to be unshareable": "GET /item HTTP/1.1\r\nHost: here\r\n{fields}\r\n",
+    "passes through: a route that is not named": "GET /other HTTP/1.1\r\n",
+    "passes through: a cookie": "GET /item HTTP/1.1\r\nCookie: a=b\r\n",
+    "passes through: a key known to be unshareable": "GET /item HTTP/1.1\r\n",
+    "leads, and nobody follows (no aim)": "GET /public?{} HTTP/1.1\r\n",
 }
 
 #: As many fields as a browser sends.
 FIELDS = "".join(
     f"{name}: {value}\r\n"
     for name, value in (
+        ("Host", "127.0.0.1"),
         ("User-Agent", "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"),
         ("Accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
         ("Accept-Language", "en-US,en;q=0.5"),
@@ -51,8 +56,10 @@ BODY = b"x" * 100
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers at once, and not for sharing."""
+    """Answers at once, below /public for sharing."""
     headers = [(b"content-length", b"100"), (b"content-type", b"text/plain")]
+    if scope["path"] == "/public":
+        headers.append((b"cache-control", b"public"))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": BODY})
 
@@ -62,7 +69,7 @@ def serve(side: str) -> None:
     app: Any = application
     if side == "middleware":
         # A key stays unshareable for as long as the measurement may take.
-        app = CoalesceMiddleware(application, routes=["/item"], pass_through_time=3600)
+        app = CoalesceMiddleware(application, routes=["/item", "/public"], pass_through_time=3600)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="error", access_log=False, lifespan="off")
@@ -89,12 +96,13 @@ def served(side: str) -> Iterator[list[socket.socket]]:
             process.terminate()
 
 
-def throughput(connections: Sequence[socket.socket], request: bytes, seconds: float) -> float:
+def throughput(connections: Sequence[socket.socket], text: str, seconds: float) -> float:
     """Requests per second, one under way on each connection."""
+    requests = [f"{text.format(number)}{FIELDS}\r\n".encode() for number in range(len(connections))]
     answered = 0
     begin = time.perf_counter()
     while (elapsed := time.perf_counter() - begin) < seconds or not answered:
-        for connection in connections:
+        for connection, request in zip(connections, requests, strict=True):
             connection.sendall(request)
         for connection in connections:
             answer = b""
@@ -122,14 +130,13 @@ def main(arguments: Sequence[str]) -> int:
     with served("middleware") as ours, served("bare") as floor:
         sides = {"ours": ours, "floor": floor}
         for case, text in CASES.items():
-            request = text.format(fields=FIELDS).encode()
             for connections in sides.values():
-                throughput(connections, request, options.seconds)
+                throughput(connections, text, options.seconds)
             rounds: list[dict[str, float]] = []
             for number in range(options.rounds):
                 order = list(sides) if number % 2 else list(sides)[::-1]
                 rounds.append(
-                    {side: throughput(sides[side], request, options.seconds) for side in order}
+                    {side: throughput(sides[side], text, options.seconds) for side in order}
                 )
             cost = statistics.median(one["floor"] / one["ours"] for one in rounds) - 1
             ours_median, floor_median = (
@@ -137,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
             )
             sys.stdout.write(
                 f"{case}: {ours_median:,.0f} requests/s with the middleware, "
-                f"{floor_median:,.0f} without: costs {cost:.1%} (aim: at most 10%)\n"
+                f"{floor_median:,.0f} without: costs {cost:.1%}\n"
             )
     return 0
 

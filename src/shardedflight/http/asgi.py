@@ -8,6 +8,7 @@ somebody wants its answer, and it goes on after the flight is over if only the l
 
 import asyncio
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
@@ -34,6 +35,9 @@ _EXTENSIONS = frozenset(
     {"http.response.pathsend", "http.response.zerocopysend", "http.response.trailers"}
 )
 
+
+# asyncio.Task can run a coroutine's first step at once since Python 3.12.
+_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 #: The rounds in whose applications this code runs.
 _led_here: ContextVar[tuple[Round, ...]] = ContextVar("shardedflight.http.led", default=())
@@ -125,10 +129,17 @@ class CoalesceMiddleware(Adapter[App]):
             identified=bool(tls.get("client_cert_chain") or tls.get("client_cert_name")),
         )
 
-    def _spawn(self, work: Callable[[], Any]) -> "asyncio.Task[None]":
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _spawn(self, work: Callable[[], Any], *, eager: bool = False) -> "asyncio.Task[None]":
+        """A task for `work`. An eager one begins at once, where Python allows that."""
+        loop = asyncio.get_running_loop()
+        task: asyncio.Task[None]
+        if eager and _EAGER and loop.get_task_factory() is None:
+            task = asyncio.Task(work(), loop=loop, **_EAGER)
+        else:
+            task = loop.create_task(work())
+        if not task.done():
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return task
 
 
@@ -269,7 +280,7 @@ class _Run(TaskRun):
 
     async def lead(self) -> Verdict:
         self._decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task = self._spawn(self._run_app)
+        self._task = self._spawn(self._run_app, eager=True)
         try:
             await self._decided
         except asyncio.CancelledError:  # nobody is left
