@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 __all__ = [
     "Options",
@@ -239,25 +239,33 @@ def _seconds(argument: str) -> int:
 # -- values ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request that may be collapsed.
+class Request(NamedTuple):
+    """A request that may be collapsed. A tuple, because each routed request makes one.
 
     Attributes:
-        key: What makes two requests the same one.
-        address: Method and address without the query, for people.
-        method: GET or HEAD.
+        key: What makes two requests the same one, the method first.
+        path: The decoded path.
         headers: The folded header fields.
         authorized: It has an Authorization field that is not in the key.
         shareable: Its route needs no Cache-Control.
     """
 
-    key: Hashable
-    address: str
-    method: str
+    key: tuple[Any, ...]
+    path: str
     headers: Mapping[str, str]
     authorized: bool
     shareable: bool
+
+    @property
+    def method(self) -> str:
+        """GET or HEAD."""
+        return str(self.key[0])
+
+    @property
+    def address(self) -> str:
+        """Method and address without the query, for people."""
+        method, scheme, host = self.key[:3]
+        return f"{method} {scheme}://{host}{self.path}"
 
     def variant(self, fields: Iterable[str]) -> tuple[tuple[str, str | None], ...]:
         """Its values for the fields that an answer varies by: RFC 9111 section 4.1."""
@@ -412,8 +420,7 @@ class Rules:
         fields = headers.keys() if self._one_client else self._key_headers.intersection(headers)
         return Request(
             key=(method, scheme, host, target, authorized, _items(headers, fields)),
-            address=f"{method} {scheme}://{host}{path}",
-            method=method,
+            path=path,
             headers=headers,
             authorized=authorized,
             shareable=self._shareable(path, native),

@@ -162,10 +162,11 @@ async def _answer(shared: Shared, send: Send) -> None:
     await send({"type": "http.response.body", "body": shared.body})
 
 
-async def _send_observed(caller: Caller, send: Send, message: Message) -> None:
+def _send_observed(caller: Caller, send: Send, message: Message) -> Awaitable[None]:
+    # No coroutine of its own: every message of what passes through comes by.
     if message["type"] == "http.response.start":
-        caller.reconsider(lambda: (message["status"], fold(_decoded(message.get("headers", ())))))
-    await send(message)
+        caller.reconsider(lambda: (message["status"], _folded(message.get("headers", ()))))
+    return send(message)
 
 
 class _Client:
