@@ -555,8 +555,7 @@ def test_followers_that_wait_too_long_share_one_replacement(kind: str) -> None:
     with site(kind, origin, follower_timeout=0.5) as s:
         leader = s.lead()
         followers = s.ask_all(names("f", 20))
-        eventually(lambda: len(s.origin.runs) == 2, "the replacement")
-        eventually(lambda: s.waiting == 19, "the others wait for it")
+        eventually(lambda: len(s.origin.runs) >= 2, "the replacement")
         s.origin.gate.set()  # for all but the leader
         bodies = {answer.body for answer in results(followers).values()}
         # One, unless the machine was so slow that a replacement was replaced in its turn.
@@ -574,7 +573,7 @@ def test_the_first_answer_is_good_for_those_who_turned_to_a_replacement(kind: st
     with site(kind, origin, follower_timeout=0.2) as s:
         leader = s.lead()
         followers = s.ask_all(names("f", 30))
-        eventually(lambda: s.stats.replaced == 2, "two replacements")
+        eventually(lambda: s.stats.replaced >= 2, "two replacements")
         s.origin.gate.set()  # for the leader alone: the replacements never end by themselves
         assert leader.result(PATIENCE).body == "leader"
         eventually(lambda: all(f.done() for c, f in followers.items() if c not in s.origin.runs))
