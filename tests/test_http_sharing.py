@@ -506,8 +506,19 @@ def test_an_answer_that_breaks_off_is_not_shared(kind: str) -> None:
         assert leader.getresponse().read(6) == b"leader"
         leader.drop()
         assert s.stats.unshareable == {"broken": 1}
-        # It was no answer, so nothing is learned from it.
         assert s.stats.passed == {"released": 1}
+
+
+def test_nothing_is_learned_from_an_answer_that_breaks_off(kind: str) -> None:
+    headers = [PUBLIC, ("Content-Length", "100")]
+    with site(kind, Origin(lambda _: Reply(headers=headers, chunks=["short"]))) as s:
+        s.origin.gate.set()
+        for number in (1, 2):
+            connection = s.open()
+            assert connection.getresponse().read(5) == b"short"
+            eventually(lambda number=number: s.stats.unshareable == {"broken": number})
+            connection.drop()
+        assert s.stats.passed == {}
 
 
 # -- applications that raise ----------------------------------------------------------------------
