@@ -5,6 +5,7 @@
 
 import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -257,6 +258,7 @@ def test_a_leader_that_can_not_be_sent_to_goes_on_for_the_others() -> None:
     scene.gate.set()
     follows.result(PATIENCE)
     assert follower.body == b"ab"
+    assert len(scene.runs) == 1
     with pytest.raises(ConnectionResetError):
         leads.result(PATIENCE)
 
@@ -354,6 +356,7 @@ def test_a_forked_child_waits_for_nobody() -> None:
         child = os.fork()
         if child == 0:
             code = 1
+            signal.alarm(int(PATIENCE))  # ends a child that hangs
             try:
                 scene.gate.set()
                 exchange = Exchange(scene.middleware).serve()
