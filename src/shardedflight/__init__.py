@@ -3,6 +3,7 @@
 Layers, each importing only from those below it (checked by import-linter in `make check`):
 
     __main__, demo, bench    programs, on the public names only
+    http                     collapsing of HTTP requests, on the public names only
     _coalesce                the decorator
     _flight                  ShardedFlight
     _many                    many keys in one call

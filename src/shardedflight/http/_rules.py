@@ -1,0 +1,613 @@
+"""Which requests may be collapsed, and whose answers may be shared.
+
+An answer that reaches the wrong caller is a leak (Squid's CVE-2016-10003, where a collapsed request
+got another client's answer), so whatever is not known to be harmless passes through. Everything
+here is a decision on values: no I/O, no clock, no lock. The adapters read requests and answers and
+do what is decided here.
+
+Sources, as the comments name them: RFC 9110 (HTTP semantics), RFC 9111 (caching), RFC 9211
+(Cache-Status); Varnish's builtin.vcl; Squid's collapsed forwarding; "ours" where this project
+chooses, each time the stricter way.
+"""
+
+import enum
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, TypedDict
+
+__all__ = [
+    "Options",
+    "Pass",
+    "Recording",
+    "Refusal",
+    "Request",
+    "Rules",
+    "Shared",
+    "Verdict",
+    "Where",
+    "fold",
+]
+
+#: Header fields in the order of the message. Text is Latin-1, as in PEP 3333.
+Headers: TypeAlias = Sequence[tuple[str, str]]
+
+#: Path prefixes, or a function of what the framework calls a request (scope, environ, Request).
+Where: TypeAlias = Iterable[str] | Callable[[Any], bool]
+
+
+class Pass(enum.StrEnum):
+    """Why a request runs by itself."""
+
+    ROUTE = "route"  # Squid: collapsing is off unless it is asked for
+    METHOD = "method"  # builtin.vcl: all but GET and HEAD
+    BODY = "body"  # builtin.vcl looks at no body; ours: its content would have to be in the key
+    AUTHORIZATION = "authorization"  # builtin.vcl; RFC 9111 section 3.5
+    COOKIE = "cookie"  # builtin.vcl
+    CREDENTIALS = "credentials"  # ours: whatever else says who is asking
+    RANGE = "range"  # Squid
+    UPGRADE = "upgrade"  # ours
+    NO_STORE = "no-store"  # Squid; RFC 9111 section 5.2.1.5
+    LEARNED = "learned"  # Varnish's hit-for-miss: the last answer was not shareable
+    WAITERS = "waiters"  # Varnish issue 3461: a list of waiters without a limit
+    RELEASED = "released"  # it waited for an answer that turned out not to be shareable
+    GONE = "gone"  # its client had left before it began
+    ERROR = "error"  # something went wrong in here
+
+
+class Refusal(enum.StrEnum):
+    """Why an answer is its own caller's alone."""
+
+    PRIVATE = "private"  # RFC 9111 section 5.2.2.7
+    NO_STORE = "no-store"  # RFC 9111 section 5.2.2.5
+    NO_CACHE = "no-cache"  # RFC 9111 section 5.2.2.4
+    MALFORMED = "malformed"  # ours: a Cache-Control that can not be read may forbid anything
+    SET_COOKIE = "set-cookie"  # builtin.vcl
+    VARY = "vary"  # RFC 9111 section 4.1: `*` matches nobody
+    STATUS = "status"  # RFC 9110 section 15.1 lists what is cacheable without being asked
+    AUTHORIZATION = "authorization"  # RFC 9111 section 3.5
+    STALE = "stale"  # RFC 9111 section 4.2: max-age=0 is over when it arrives
+    UNDECLARED = "undeclared"  # ours: nobody said that it may be shared
+    SIZE = "size"  # Squid
+    STREAM = "stream"  # Squid: it has no end to wait for
+    EXTENSION = "extension"  # ours: the server makes the body, or trailers follow it
+    BROKEN = "broken"  # it ended before it was complete
+
+
+#: RFC 9110 section 15.1, without 206, which answers a Range.
+_STATUSES = frozenset({200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501})
+#: Squid shares these with those who wait, and remembers none.
+_SERVER_ERRORS = frozenset({500, 502, 503, 504})
+
+#: RFC 9111 section 3.5: what lets a shared cache give an answer to a request with Authorization.
+_FOR_EVERYBODY = frozenset({"public", "s-maxage", "must-revalidate"})
+#: RFC 9111 section 3: what allows an answer to be stored, section 3.5 included.
+_PERMISSIONS = _FOR_EVERYBODY | {"max-age"}
+
+#: Fields that say who asks: API keys, certificates and users as proxies pass them on. Ours.
+_CREDENTIALS = frozenset(
+    {
+        "api-key",
+        "apikey",
+        "cf-access-jwt-assertion",
+        "client-cert",
+        "client-cert-chain",
+        "cookie2",
+        "ocp-apim-subscription-key",
+        "proxy-authorization",
+        "remote-user",
+        "ssl-client-cert",
+        "x-access-token",
+        "x-amz-security-token",
+        "x-amzn-oidc-accesstoken",
+        "x-amzn-oidc-data",
+        "x-amzn-oidc-identity",
+        "x-api-key",
+        "x-api-token",
+        "x-apikey",
+        "x-auth",
+        "x-auth-key",
+        "x-auth-request-access-token",
+        "x-auth-request-email",
+        "x-auth-request-user",
+        "x-auth-token",
+        "x-client-cert",
+        "x-csrf-token",
+        "x-forwarded-access-token",
+        "x-forwarded-client-cert",
+        "x-forwarded-email",
+        "x-forwarded-user",
+        "x-goog-api-key",
+        "x-goog-authenticated-user-email",
+        "x-goog-iap-jwt-assertion",
+        "x-ms-client-principal",
+        "x-ms-client-principal-id",
+        "x-remote-user",
+        "x-session-token",
+        "x-ssl-client-cert",
+        "x-user",
+        "x-user-id",
+        "x-xsrf-token",
+    }
+)
+
+#: Part of the key besides method, scheme, host, path and query. Ours: negotiated content, whom CORS
+#: lets read it; what makes an answer conditional; and what proxies let an application mistake for
+#: method, host or path, which else would let one client choose the links in everybody's answer.
+_KEY_HEADERS = frozenset(
+    {
+        "accept",
+        "accept-encoding",
+        "accept-language",
+        "if-match",
+        "if-modified-since",
+        "if-none-match",
+        "if-range",
+        "if-unmodified-since",
+        "origin",
+        "x-forwarded-host",
+        "x-forwarded-port",
+        "x-forwarded-prefix",
+        "x-forwarded-proto",
+        "x-forwarded-scheme",
+        "x-forwarded-server",
+        "x-http-method",
+        "x-http-method-override",
+        "x-method-override",
+        "x-original-url",
+        "x-rewrite-url",
+    }
+)
+
+#: RFC 9110 section 7.6.1: for one connection, not for whom the message is passed on to.
+_HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authentication-info",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+#: RFC 9211 section 2: what a cache did. The answer came from no store, but from another's request.
+_CACHE_STATUS = ("Cache-Status", "shardedflight; fwd=miss; collapsed")
+
+_STREAMS = frozenset({"text/event-stream", "multipart/x-mixed-replace"})
+
+
+# -- reading header fields ------------------------------------------------------------------------
+
+
+def fold(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The fields by lower-case name; those of one name joined, as RFC 9110 section 5.3 allows."""
+    headers = [*headers]
+    simple = {name.lower(): value for name, value in headers}
+    if len(simple) == len(headers):
+        return simple
+    found: dict[str, str] = {}
+    for name, value in headers:
+        key = name.lower()
+        found[key] = f"{found[key]}, {value}" if key in found else value
+    return found
+
+
+_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_DIRECTIVE = re.compile(rf'[ \t]*({_WORD})(?:=(?:"((?:[^"\\]|\\.)*)"|({_WORD})))?[ \t]*(?:,|\Z)')
+_NOTHING = re.compile(r"[ \t]*(?:,|\Z)")
+
+
+def directives(value: str) -> dict[str, str]:
+    """The directives of a Cache-Control field and their arguments, "" where there is none.
+
+    Of two with one name the first counts, as RFC 9111 section 4.2.1 suggests. Written here because
+    the parsers for it come with a framework each (Werkzeug, WebOb), and read what is malformed as
+    something.
+
+    Raises:
+        ValueError: The field is malformed.
+    """
+    found: dict[str, str] = {}
+    position = 0
+    while position < len(value):
+        match = _DIRECTIVE.match(value, position)
+        if match is not None:
+            found.setdefault(match[1].lower(), match[2] or match[3] or "")
+        else:
+            match = _NOTHING.match(value, position)
+            if match is None:
+                raise ValueError(f"no Cache-Control: {value!r}")
+        position = match.end()
+    return found
+
+
+def names(value: str) -> list[str]:
+    """The lower-case members of a field that is a list of field names, such as Vary."""
+    return [name.strip().lower() for name in value.split(",") if name.strip()]
+
+
+def _seconds(argument: str) -> int:
+    """A number of seconds; 0 for what is none: RFC 9111 section 4.2.1 has it taken for stale."""
+    return int(argument) if argument.isascii() and argument.isdecimal() else 0
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """A request that may be collapsed. A tuple, because each routed request makes one.
+
+    Attributes:
+        key: What makes two requests the same one, the method first.
+        path: The decoded path.
+        headers: The folded header fields.
+        authorized: It has an Authorization field that is not in the key.
+        shareable: Its route needs no Cache-Control.
+    """
+
+    key: tuple[Any, ...]
+    path: str
+    headers: Mapping[str, str]
+    authorized: bool
+    shareable: bool
+
+    @property
+    def method(self) -> str:
+        """GET or HEAD."""
+        return str(self.key[0])
+
+    @property
+    def address(self) -> str:
+        """Method and address without the query, for people."""
+        method, scheme, host = self.key[:3]
+        return f"{method} {scheme}://{host}{self.path}"
+
+    def variant(self, fields: Iterable[str]) -> tuple[tuple[str, str | None], ...]:
+        """Its values for the fields that an answer varies by: RFC 9111 section 4.1."""
+        return tuple((field, self.headers.get(field)) for field in sorted(set(fields)))
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A complete answer that others may have.
+
+    Attributes:
+        status: As the adapter was given it.
+        headers: The followers' header fields.
+        body: The whole body.
+        variant: The leader's values for the fields of Vary.
+    """
+
+    status: Any
+    headers: Headers
+    body: bytes
+    variant: tuple[tuple[str, str | None], ...]
+
+    def fits(self, request: Request) -> bool:
+        """Whether it answers `request`, which has the leader's key."""
+        return all(request.headers.get(field) == value for field, value in self.variant)
+
+
+#: What an execution has come to.
+Verdict: TypeAlias = Shared | Refusal
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that all adapters have.
+
+    Attributes:
+        body_limit: Bytes of the longest body that is shared. 1 MiB.
+        follower_timeout: Seconds after which followers turn to a replacement. 3.
+        pass_through_time: Seconds for which a key passes through after an answer that is not
+            shareable; 0 turns it off. 120.
+        max_waiters: Followers of one execution; more pass through. 1,000.
+        server_errors: Whether 500, 502, 503 and 504, and exceptions, may go to those who wait.
+        authorization: Whether requests with Authorization are collapsed, each getting only answers
+            that RFC 9111 section 3.5 gives to everybody.
+        key_headers: Further request fields that belong to the key.
+        private_headers: Further request fields that say who asks, so that the request passes
+            through.
+    """
+
+    body_limit: int
+    follower_timeout: float
+    pass_through_time: float
+    max_waiters: int
+    server_errors: bool
+    authorization: bool
+    key_headers: Iterable[str]
+    private_headers: Iterable[str]
+
+
+# -- the rules ------------------------------------------------------------------------------------
+
+
+class Rules:
+    """The rules with the options of one adapter. Immutable, for any number of threads.
+
+    Args:
+        routes: What may be collapsed.
+        shareable: What may be shared without Cache-Control.
+        one_client: All requests are one client's, so that who asks is no secret among them: every
+            header field is in the key, credentials included.
+        body_limit: See `Options`, as for all that follow.
+        follower_timeout: Seconds.
+        pass_through_time: Seconds.
+        max_waiters: A number of followers.
+        server_errors: True or false.
+        authorization: True or false.
+        key_headers: Names of header fields.
+        private_headers: Names of header fields.
+
+    Raises:
+        TypeError: An option is of the wrong type.
+        ValueError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        routes: Where,
+        shareable: Where,
+        *,
+        one_client: bool = False,
+        body_limit: int = 1 << 20,
+        follower_timeout: float = 3.0,
+        pass_through_time: float = 120.0,
+        max_waiters: int = 1000,
+        server_errors: bool = True,
+        authorization: bool = False,
+        key_headers: Iterable[str] = (),
+        private_headers: Iterable[str] = (),
+    ) -> None:
+        self.body_limit = _number("body_limit", body_limit, whole=True)
+        self.follower_timeout = _number("follower_timeout", follower_timeout, positive=True)
+        self.pass_through_time = _number("pass_through_time", pass_through_time)
+        self.max_waiters = _number("max_waiters", max_waiters, whole=True, positive=True)
+        self._server_errors = _flag("server_errors", server_errors)
+        self._authorization = _flag("authorization", authorization)
+        self._key_headers = _KEY_HEADERS.union(_fields("key_headers", key_headers))
+        self._credentials = _CREDENTIALS | set(_fields("private_headers", private_headers))
+        self._routes = _matcher("routes", routes)
+        self._shareable = _matcher("shareable", shareable)
+        self._one_client = one_client
+
+    def admit(self, method: str, path: str, native: Any) -> Pass | None:
+        """What can be said before the header fields are read."""
+        if not self._routes(path, native):
+            return Pass.ROUTE
+        return None if method in ("GET", "HEAD") else Pass.METHOD
+
+    def examine(
+        self,
+        method: str,
+        scheme: str,
+        target: tuple[Hashable, ...],
+        path: str,
+        native: Any,
+        headers: Mapping[str, str],
+        *,
+        identified: bool = False,
+    ) -> Request | Pass:
+        """Whether a request that was admitted may be collapsed, and as what.
+
+        Args:
+            method: The method.
+            scheme: The scheme.
+            target: Path and query as they came, and whatever else the adapter knows it by.
+            path: The decoded path.
+            native: What a `Where` that is a function takes.
+            headers: The folded header fields.
+            identified: The connection itself says who asks: a certificate, a login.
+        """
+        if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+            return Pass.BODY
+        refused = None if self._one_client else self._identity(headers, identified=identified)
+        if refused is not None:
+            return refused
+        if "range" in headers:
+            return Pass.RANGE
+        if "upgrade" in headers:
+            return Pass.UPGRADE
+        if "cache-control" in headers and _forbids_storing(headers["cache-control"]):
+            return Pass.NO_STORE
+        host = headers.get("host", "")
+        authorized = not self._one_client and "authorization" in headers
+        fields = headers.keys() if self._one_client else self._key_headers.intersection(headers)
+        return Request(
+            key=(method, scheme, host, target, authorized, _items(headers, fields)),
+            path=path,
+            headers=headers,
+            authorized=authorized,
+            shareable=self._shareable(path, native),
+        )
+
+    def _identity(self, headers: Mapping[str, str], *, identified: bool) -> Pass | None:
+        if "authorization" in headers and not self._authorization:
+            return Pass.AUTHORIZATION
+        if "cookie" in headers:
+            return Pass.COOKIE
+        if identified or not self._credentials.isdisjoint(headers):
+            return Pass.CREDENTIALS
+        return None
+
+    def judge(self, request: Request, status: int, headers: Mapping[str, str]) -> Refusal | None:
+        """Why an answer to `request` with this head is not shared; None if it may be."""
+        if "set-cookie" in headers or "set-cookie2" in headers:
+            return Refusal.SET_COOKIE
+        if status not in _STATUSES and not (self._server_errors and status in _SERVER_ERRORS):
+            return Refusal.STATUS
+        refused = _refused_by_cache_control(request, headers.get("cache-control"))
+        if refused is not None:
+            return refused
+        if "*" in names(headers.get("vary", "")):
+            return Refusal.VARY
+        if headers.get("content-type", "").partition(";")[0].strip().lower() in _STREAMS:
+            return Refusal.STREAM
+        length = headers.get("content-length", "")
+        if request.method != "HEAD" and _seconds(length) > self.body_limit:
+            return Refusal.SIZE
+        return None
+
+    def shares_failure(self, request: Request) -> bool:
+        """Whether an exception instead of an answer goes to all: it is a 500 without a head."""
+        return self._server_errors and request.shareable
+
+
+def _items(headers: Mapping[str, str], fields: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    return tuple([(field, headers[field]) for field in sorted(fields)])
+
+
+def _forbids_storing(value: str) -> bool:
+    try:
+        return "no-store" in directives(value)
+    except ValueError:
+        return True
+
+
+def _refused_by_cache_control(request: Request, value: str | None) -> Refusal | None:
+    if value is None:
+        if request.authorized:
+            return Refusal.AUTHORIZATION
+        return None if request.shareable else Refusal.UNDECLARED
+    try:
+        found = directives(value)
+    except ValueError:
+        return Refusal.MALFORMED
+    for refusal in (Refusal.PRIVATE, Refusal.NO_STORE, Refusal.NO_CACHE):
+        if refusal in found:  # with an argument, which limits it to some fields, just the same
+            return refusal
+    if request.authorized and _FOR_EVERYBODY.isdisjoint(found):
+        return Refusal.AUTHORIZATION
+    lifetime = found.get("s-maxage", found.get("max-age"))  # RFC 9111 section 4.2.1
+    if lifetime is not None and _seconds(lifetime) == 0:
+        return Refusal.STALE
+    if request.shareable or not _PERMISSIONS.isdisjoint(found):
+        return None
+    return Refusal.UNDECLARED
+
+
+def _copied(headers: Headers, folded: Mapping[str, str]) -> Headers:
+    """The header fields of a follower's answer."""
+    dropped = _HOP_BY_HOP.union(names(folded.get("connection", "")))
+    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
+    return (*kept, _CACHE_STATUS)
+
+
+class Recording:
+    """What the leader's application answers, as far as it is known. For one thread at a time.
+
+    Attributes:
+        verdict: What has come of it; None while that is open.
+        begun: The head is known.
+    """
+
+    def __init__(self, rules: Rules, request: Request) -> None:
+        self._rules = rules
+        self._request = request
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._expected: int | None = None
+        self._head: tuple[Any, Headers, Mapping[str, str]] | None = None
+        self.verdict: Verdict | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the head is known."""
+        return self._head is not None
+
+    def head(self, status: Any, code: int, headers: Headers) -> Verdict | None:
+        """The head. A later one replaces it, as WSGI allows before the body begins."""
+        folded = fold(headers)
+        self._head = (status, headers, folded)
+        length = folded.get("content-length", "")
+        counts = length.isascii() and length.isdecimal() and self._request.method != "HEAD"
+        self._expected = int(length) if counts else None
+        self.verdict = self._rules.judge(self._request, code, folded)
+        return self.verdict
+
+    def body(self, chunk: bytes | bytearray | memoryview) -> Verdict | None:
+        """A part of the body. The last one is recognised where Content-Length tells."""
+        if self.verdict is None:
+            self._chunks.append(bytes(chunk))
+            self._size += len(self._chunks[-1])
+            if self._size > self._rules.body_limit:
+                self.refuse(Refusal.SIZE)
+            elif self._size == self._expected:
+                self.end()
+        return self.verdict
+
+    def end(self) -> Verdict:
+        """The body is complete, or there is none."""
+        if self.verdict is None:
+            if self._head is None or self._expected not in (None, self._size):
+                return self.refuse(Refusal.BROKEN)
+            status, headers, folded = self._head
+            self.verdict = Shared(
+                status,
+                _copied(headers, folded),
+                b"".join(self._chunks),
+                self._request.variant(names(folded.get("vary", ""))),
+            )
+            self._chunks.clear()
+        return self.verdict
+
+    def refuse(self, refusal: Refusal) -> Verdict:
+        """Nobody else gets it."""
+        self._chunks.clear()
+        self.verdict = refusal
+        return refusal
+
+
+# -- checking options -----------------------------------------------------------------------------
+
+
+def _number(what: str, value: Any, *, whole: bool = False, positive: bool = False) -> Any:
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{what} must be {'an int' if whole else 'a number'}, not {value!r}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{what} must be {'above' if positive else 'at least'} 0, not {value!r}")
+    return value
+
+
+def _flag(what: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, not {value!r}")
+    return value
+
+
+def _strings(what: str, values: Any) -> list[str]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{what} must be several str, such as [{values!r}], not {values!r}")
+    found: list[Any] = [*values]
+    for value in found:
+        if not isinstance(value, str):
+            raise TypeError(f"{what} must hold str, not {value!r}")
+    return found
+
+
+def _fields(what: str, values: Any) -> list[str]:
+    found = [value.lower() for value in _strings(what, values)]
+    for name in found:
+        if not re.fullmatch(_WORD, name):
+            raise ValueError(f"{what} must hold names of header fields, not {name!r}")
+    return found
+
+
+def _matcher(what: str, where: Any) -> Callable[[str, Any], bool]:
+    """Makes a test of a path, or of what the framework calls a request."""
+    if callable(where):
+        return lambda _, native: bool(where(native))
+    prefixes = _strings(what, where)
+    for prefix in prefixes:
+        if not prefix.startswith("/"):
+            raise ValueError(f"{what} must hold paths that begin with '/', not {prefix!r}")
+    whole = frozenset(prefixes)
+    # "/items" is "/items" and what is below it, not "/items-of-mine".
+    below = tuple(prefix if prefix.endswith("/") else f"{prefix}/" for prefix in prefixes)
+    return lambda path, _: path in whole or path.startswith(below)

@@ -1,0 +1,412 @@
+"""Collapsing of requests to an ASGI application: Starlette, FastAPI, Django's ASGI handler.
+
+Three tasks take part in an execution. The leader's own, in which the server called us, waits in the
+flight. The flight's waits until it is known what the answer is worth, which can be long before it
+is complete. The application runs in one of its own: it outlives the leader's request as long as
+somebody wants its answer, and it goes on after the flight is over if only the leader wants it.
+"""
+
+import asyncio
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from functools import partial
+from itertools import chain
+from typing import Any, TypeAlias, Unpack
+
+from shardedflight import DeadlockError, ShardedFlight
+
+from ._rounds import Adapter, Caller, Round
+from ._rules import Options, Pass, Refusal, Request, Shared, Verdict, Where, fold
+from ._run import TaskRun
+
+__all__ = ["CoalesceMiddleware"]
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: Messages by which the server makes the body itself, or that follow it.
+_EXTENSIONS = frozenset(
+    {"http.response.pathsend", "http.response.zerocopysend", "http.response.trailers"}
+)
+
+
+# asyncio.Task can run a coroutine's first step at once since Python 3.12.
+_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+#: The rounds in whose applications this code runs.
+_led_here: ContextVar[tuple[Round, ...]] = ContextVar("shardedflight.http.led", default=())
+
+
+class CoalesceMiddleware(Adapter[App]):
+    """Equal GET and HEAD requests that arrive while one of them runs get its answer.
+
+    An ASGI application around another one. Lifespan and WebSocket pass untouched. What may be
+    collapsed and shared is in docs/http.md. Any number of event loops and threads may use it.
+
+    Args:
+        app: The application.
+        routes: What may be collapsed: path prefixes, or a function of the scope.
+        shareable: What may be shared without Cache-Control: path prefixes, or a function of the
+            scope.
+        flight: Where the executions are in flight. By default one of its own.
+        **options: See `Options`.
+
+    Raises:
+        TypeError: An option is of the wrong type.
+        ValueError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        routes: Where,
+        shareable: Where = (),
+        flight: ShardedFlight | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if not callable(app):
+            raise TypeError(f"app must be an ASGI application, not {app!r}")
+        super().__init__(app, routes, shareable, flight, **options)
+        #: A loop holds its tasks weakly. Sets change atomically.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection."""
+        request = self._examine(scope) if scope["type"] == "http" else None
+        if request is None:
+            await self._app(scope, receive, send)
+            return
+        caller = Caller(self._rounds, request)
+        if caller.passes():
+            await self._app(scope, receive, partial(_send_observed, caller, send))
+            return
+        client = _Client(receive)
+        if not await client.begin():
+            self._rounds.count_passed(Pass.GONE if client.gone else Pass.BODY)
+            await self._app(scope, client.receive, send)
+            return
+        run = _Run(self, caller, scope, client, send)
+        try:
+            answer = await run.fly(self._flight)
+        except Exception as error:
+            if run.failed:
+                run.detach()
+                raise
+            self._rounds.count_error(error)
+            answer = None
+        except BaseException:
+            run.detach()
+            raise
+        if run.begun:
+            await run.finish()
+        elif answer is not None:
+            await _answer(answer, send)
+        elif not run.gone:
+            await self._app(scope, client.receive, partial(_send_observed, caller, send))
+
+    def _read(self, native: Scope) -> Request | Pass:
+        method, path = native["method"], native["path"]
+        refused = self._rounds.rules.admit(method, path, native)
+        if refused is not None:
+            return refused
+        extensions: dict[str, Any] = native.get("extensions") or {}
+        tls: dict[str, Any] = extensions.get("tls") or {}
+        raw_path = native.get("raw_path") or path
+        return self._rounds.rules.examine(
+            method,
+            native.get("scheme", "http"),
+            (native.get("root_path", ""), raw_path, native.get("query_string", b"")),
+            path,
+            native,
+            _folded(native["headers"]),
+            identified=bool(tls.get("client_cert_chain") or tls.get("client_cert_name")),
+        )
+
+    def _spawn(self, work: Callable[[], Any], *, eager: bool = False) -> "asyncio.Task[None]":
+        """A task for `work`. An eager one begins at once, where Python allows that."""
+        loop = asyncio.get_running_loop()
+        task: asyncio.Task[None]
+        if eager and _EAGER and loop.get_task_factory() is None:
+            task = asyncio.Task(work(), loop=loop, **_EAGER)
+        else:
+            task = loop.create_task(work())
+        if not task.done():
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _folded(headers: Any) -> dict[str, str]:
+    """`fold` for each request: in one go, if all names are different and no field is odd."""
+    flat = b"\n".join(chain.from_iterable(headers)).decode("latin-1").split("\n")
+    found = dict(zip(map(str.lower, flat[::2]), flat[1::2], strict=False))
+    if len(found) * 2 == len(flat) and len(found) == len(headers):
+        return found
+    return fold(_decoded(headers))
+
+
+def _decoded(headers: Any) -> list[tuple[str, str]]:
+    return [(bytes(n).decode("latin-1"), bytes(v).decode("latin-1")) for n, v in headers]
+
+
+async def _answer(shared: Shared, send: Send) -> None:
+    headers = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in shared.headers]
+    await send({"type": "http.response.start", "status": shared.status, "headers": headers})
+    await send({"type": "http.response.body", "body": shared.body})
+
+
+def _send_observed(caller: Caller, send: Send, message: Message) -> Awaitable[None]:
+    # No coroutine of its own: every message of what passes through comes by.
+    if message["type"] == "http.response.start":
+        caller.reconsider(lambda: (message["status"], _folded(message.get("headers", ()))))
+    return send(message)
+
+
+class _Client:
+    """What one request's client sends. On its loop's thread."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        #: The request's first message, which the application has not had yet.
+        self._first: Message | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self.gone = False
+
+    async def begin(self) -> bool:
+        """Takes the first message. False if the request has a body, or its client has left."""
+        message = self._first = await self._receive()
+        self.gone = message["type"] == "http.disconnect"
+        return not self.gone and not message.get("body") and not message.get("more_body")
+
+    async def receive(self) -> Message:
+        """The application's `receive`."""
+        message, self._first = self._first, None
+        if message is not None:
+            return message
+        return {"type": "http.disconnect"} if self.gone else await self._receive()
+
+    def watch(self, limit: asyncio.Timeout) -> None:
+        """Has `limit` end the wait when the client leaves."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(limit))
+
+    async def _watch(self, limit: asyncio.Timeout) -> None:
+        with contextlib.suppress(Exception):  # the server's trouble, which a send will meet again
+            while not self.gone:
+                self.gone = (await self._receive())["type"] == "http.disconnect"
+            limit.reschedule(asyncio.get_running_loop().time())
+
+    def unwatch(self) -> None:
+        """The application, or nobody, listens to the client from now on."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+
+class _Outlet:
+    """The way to the leader's client. On its loop's thread."""
+
+    def __init__(self, send: Send, spawn: Callable[[Callable[[], Any]], Any]) -> None:
+        self._send = send
+        self._spawn = spawn
+        self._posted: deque[Message] = deque()
+        self._pump: asyncio.Task[None] | None = None
+        #: Why nothing can be sent any more.
+        self.error: Exception | None = None
+
+    async def send(self, message: Message) -> None:
+        """Sends after what was posted. As slow as the client is."""
+        await self.flush()
+        if self.error is not None:
+            raise self.error
+        try:
+            await self._send(message)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def post(self, message: Message) -> None:
+        """Sends without making anybody wait for a slow client."""
+        self._posted.append(message)
+        if self._pump is None:
+            self._pump = self._spawn(self._send_posted)
+
+    async def _send_posted(self) -> None:
+        try:
+            while self._posted and self.error is None:
+                await self._send(self._posted.popleft())
+        except Exception as error:  # noqa: BLE001 - `send` raises it, where the application is
+            self.error = error
+        finally:
+            self._pump = None
+
+    async def flush(self) -> None:
+        """Returns when all that was posted has been sent, or can not be."""
+        while self._pump is not None:
+            await asyncio.wait([self._pump])
+
+    def close(self) -> None:
+        """The leader's request is over: its client can not be sent anything any more."""
+        self.error = self.error or ConnectionResetError("the client has left")
+        if self._pump is not None:
+            self._pump.cancel()
+
+
+class _Run(TaskRun):
+    """One request, and its run of the application. On its loop's thread."""
+
+    def __init__(
+        self,
+        middleware: CoalesceMiddleware,
+        caller: Caller,
+        scope: Scope,
+        client: _Client,
+        send: Send,
+    ) -> None:
+        super().__init__(middleware._rounds, caller)
+        self._app = middleware._app
+        self._spawn = middleware._spawn
+        self._scope = scope
+        self._client = client
+        self._outlet = _Outlet(send, middleware._spawn)
+        self._task: asyncio.Task[None] | None = None
+        #: The leader's request has ended before the application.
+        self._detached = False
+
+    async def lead(self) -> Verdict:
+        self._decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = self._spawn(self._run_app, eager=True)
+        try:
+            await self._decided
+        except asyncio.CancelledError:  # nobody is left
+            self._task.cancel()
+            raise
+        verdict = self.round.verdict
+        if verdict is None:
+            await self._task  # raises what everybody gets, or what makes this leader a lost one
+            raise AssertionError("an application that ends in silence has a verdict")
+        if self._detached and isinstance(verdict, Refusal):
+            self._task.cancel()
+        return verdict
+
+    async def _run_app(self) -> None:
+        # The flight does not see that it depends on this task.
+        _led_here.set((*_led_here.get(), self.round))
+        try:
+            await self._app(self._scope, self._receive, self._send)
+        except Exception:
+            if not self._decided.done():
+                self._finish_failed()
+            raise
+        else:
+            if not self._decided.done():
+                self._finish(self.recording.refuse(Refusal.BROKEN))
+        finally:
+            if not self._decided.done():
+                self._decided.set_result(None)
+
+    async def _receive(self) -> Message:
+        message = await self._client.receive()
+        if message["type"] == "http.disconnect":
+            self._client.gone = True
+            await self._unwanted()
+        return message
+
+    async def _unwanted(self) -> None:
+        """Returns when the leader's client is the only one that the execution is for."""
+        loop = asyncio.get_running_loop()
+        while not self._decided.done():
+            rung = loop.create_future()
+            if self.rounds.close(self.round, partial(_ring, loop, rung)):
+                return
+            await rung
+
+    async def _send(self, message: Message) -> None:
+        if not self._decided.done():
+            self._record(message)
+        if self._detached:
+            return
+        if self._decided.done():
+            await self._outlet.send(message)
+            return
+        # The answer may be shared, so followers wait for the rest: no client shall slow it down.
+        # What is sent first finds the connection's buffer empty, and needs no task.
+        if message["type"] == "http.response.body":
+            self._outlet.post(message)
+        else:
+            with contextlib.suppress(Exception):  # it is in `error`
+                await self._outlet.send(message)
+        if self._outlet.error is not None and self.rounds.close(self.round):
+            raise self._outlet.error
+
+    def _record(self, message: Message) -> None:
+        verdict: Verdict | None
+        try:
+            match message["type"]:
+                case "http.response.start":
+                    verdict = self.recording.head(
+                        message["status"], message["status"], _decoded(message.get("headers", ()))
+                    )
+                    if message.get("trailers"):
+                        verdict = self.recording.refuse(Refusal.EXTENSION)
+                case "http.response.body":
+                    verdict = self.recording.body(message.get("body", b""))
+                    if verdict is None and not message.get("more_body"):
+                        verdict = self.recording.end()
+                case kind if kind in _EXTENSIONS:
+                    verdict = self.recording.refuse(Refusal.EXTENSION)
+                case _:
+                    verdict = None
+        except Exception as error:  # noqa: BLE001 - the server will say what is wrong with it
+            self.rounds.count_error(error, passed=False)
+            verdict = self.recording.refuse(Refusal.BROKEN)
+        if verdict is not None:
+            self._finish(verdict)
+            self._decided.set_result(None)
+
+    def detach(self) -> None:
+        """The leader's request ends here. The application goes on if others want its answer."""
+        self._detached = True
+        self._outlet.close()
+        if self._task is not None and isinstance(self.round.verdict, Refusal):
+            self._task.cancel()
+
+    async def finish(self) -> None:
+        """Lets the leader's own answer come to its end."""
+        assert self._task is not None
+        try:
+            await self._task
+            await self._outlet.flush()
+        finally:
+            self._outlet.close()
+
+    @property
+    def gone(self) -> bool:  # type: ignore[override]
+        """The client has left."""
+        return self._client.gone
+
+    def watch(self, limit: asyncio.Timeout) -> None:
+        if self.round in _led_here.get():
+            name = self.round.name
+            raise DeadlockError(f"{name!r} asks for itself", (name, name))
+        if self.round.led or self.round.followers > 1:
+            self._client.watch(limit)
+
+    def unwatch(self) -> None:
+        self._client.unwatch()
+
+
+def _ring(loop: asyncio.AbstractEventLoop, rung: "asyncio.Future[None]") -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+        loop.call_soon_threadsafe(_settle, rung)
+
+
+def _settle(rung: "asyncio.Future[None]") -> None:
+    if not rung.done():
+        rung.set_result(None)

@@ -1,0 +1,363 @@
+"""Collapsing of outgoing requests: transports for `httpx.Client` and `httpx.AsyncClient`.
+
+Whoever uses one transport is taken for one client. So all header fields are in the key, credentials
+and cookies among them, and by default all that is asked for may be shared without Cache-Control.
+The other rules are those of the middlewares.
+
+An answer that may be shared is read to its end, or to the body limit, before the leader gets it: a
+transport's caller asks for the body only after the transport has returned. Needs the extra `httpx`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Unpack
+
+import httpx
+
+from shardedflight import ShardedFlight
+
+from ._rounds import Adapter, Caller
+from ._rules import Options, Pass, Request, Shared, Verdict, Where, fold
+from ._run import Run, TaskRun, ThreadRun
+
+__all__ = ["AsyncCoalesceTransport", "CoalesceTransport"]
+
+#: What a request may bring besides its fields that makes a difference to how it is answered.
+_EXTENSIONS = ("timeout", "sni_hostname", "target")
+
+
+class CoalesceTransport(Adapter[httpx.BaseTransport], httpx.BaseTransport):
+    """Equal GET and HEAD requests of one client at the same time go out once.
+
+    For `httpx.Client(transport=CoalesceTransport())`. Any number of threads may use it.
+
+    Args:
+        transport: What sends. By default an `httpx.HTTPTransport()`.
+        routes: What may be collapsed: prefixes of the path, or a function of the `httpx.Request`.
+        shareable: What may be shared without Cache-Control, in the same form.
+        flight: Where the executions are in flight. By default one of its own.
+        **options: See `Options`. `authorization` and `private_headers` have nothing to decide.
+
+    Raises:
+        TypeError: An option is of the wrong type.
+        ValueError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        routes: Where = ("/",),
+        shareable: Where = ("/",),
+        flight: ShardedFlight | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if transport is None:
+            transport = httpx.HTTPTransport()
+        if not isinstance(transport, httpx.BaseTransport):
+            raise TypeError(f"transport must be an httpx.BaseTransport, not {transport!r}")
+        super().__init__(transport, routes, shareable, flight, one_client=True, **options)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends one request, or waits for an equal one."""
+        examined = self._examine(request)
+        if examined is None:
+            return self._app.handle_request(request)
+        run = _ThreadRun(self, examined, request)
+        try:
+            answer = run.fly(self._flight)
+        except Exception as error:
+            if run.failed:
+                raise
+            self._rounds.count_error(error)
+            answer = None
+        if run.begun:
+            return run.response()
+        if answer is not None:
+            return _copy(answer)
+        response = self._app.handle_request(request)
+        _reconsider(run, response)
+        return response
+
+    def close(self) -> None:
+        """Closes the transport that sends."""
+        self._app.close()
+
+    def _read(self, native: httpx.Request) -> Request | Pass:
+        return _read(self, native)
+
+
+class AsyncCoalesceTransport(Adapter[httpx.AsyncBaseTransport], httpx.AsyncBaseTransport):
+    """Equal GET and HEAD requests of one client at the same time go out once.
+
+    For `httpx.AsyncClient(transport=AsyncCoalesceTransport())`, on asyncio.
+
+    Args:
+        transport: What sends. By default an `httpx.AsyncHTTPTransport()`.
+        routes: What may be collapsed: prefixes of the path, or a function of the `httpx.Request`.
+        shareable: What may be shared without Cache-Control, in the same form.
+        flight: Where the executions are in flight. By default one of its own.
+        **options: See `Options`. `authorization` and `private_headers` have nothing to decide.
+
+    Raises:
+        TypeError: An option is of the wrong type.
+        ValueError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        transport: httpx.AsyncBaseTransport | None = None,
+        *,
+        routes: Where = ("/",),
+        shareable: Where = ("/",),
+        flight: ShardedFlight | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if transport is None:
+            transport = httpx.AsyncHTTPTransport()
+        if not isinstance(transport, httpx.AsyncBaseTransport):
+            raise TypeError(f"transport must be an httpx.AsyncBaseTransport, not {transport!r}")
+        super().__init__(transport, routes, shareable, flight, one_client=True, **options)
+        #: Closing of answers that nobody takes. A loop holds its tasks weakly.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends one request, or waits for an equal one."""
+        examined = self._examine(request)
+        if examined is None:
+            return await self._app.handle_async_request(request)
+        run = _TaskRun(self, examined, request)
+        try:
+            answer = await run.fly(self._flight)
+        except Exception as error:
+            if run.failed:
+                raise
+            self._rounds.count_error(error)
+            answer = None
+        except BaseException:
+            run.detach()
+            raise
+        if run.begun:
+            return await run.response()
+        if answer is not None:
+            return _copy(answer)
+        response = await self._app.handle_async_request(request)
+        _reconsider(run, response)
+        return response
+
+    async def aclose(self) -> None:
+        """Closes the transport that sends."""
+        await self._app.aclose()
+
+    def _read(self, native: httpx.Request) -> Request | Pass:
+        return _read(self, native)
+
+    def _close_later(self, response: httpx.Response) -> None:
+        task = asyncio.get_running_loop().create_task(response.aclose())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _read(adapter: Adapter[Any], request: httpx.Request) -> Request | Pass:
+    rules = adapter._rounds.rules
+    url = request.url
+    refused = rules.admit(request.method, url.path, request)
+    if refused is not None:
+        return refused
+    extensions = tuple([repr(request.extensions.get(name)) for name in _EXTENSIONS])
+    return rules.examine(
+        request.method,
+        url.scheme,
+        (url.raw_host, url.port, url.raw_path, extensions),
+        url.path,
+        request,
+        fold(_decoded(request.headers)),
+    )
+
+
+def _decoded(headers: httpx.Headers) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers.raw]
+
+
+def _reconsider(run: Run, response: httpx.Response) -> None:
+    run.caller.reconsider(lambda: (response.status_code, fold(_decoded(response.headers))))
+
+
+def _head(run: Run, response: httpx.Response) -> Verdict | None:
+    extensions = {
+        name: response.extensions[name]
+        for name in ("http_version", "reason_phrase")
+        if name in response.extensions
+    }
+    status = (response.status_code, extensions)
+    return run.recording.head(status, response.status_code, _decoded(response.headers))
+
+
+def _copy(shared: Shared) -> httpx.Response:
+    code, extensions = shared.status
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in shared.headers]
+    return httpx.Response(
+        code, headers=headers, stream=httpx.ByteStream(shared.body), extensions=dict(extensions)
+    )
+
+
+def _replaced(response: httpx.Response, stream: Any) -> httpx.Response:
+    return httpx.Response(
+        response.status_code,
+        headers=response.headers,
+        stream=stream,
+        extensions=response.extensions,
+    )
+
+
+class _ThreadRun(ThreadRun):
+    """One request, and sending it."""
+
+    def __init__(
+        self, transport: CoalesceTransport, examined: Request, request: httpx.Request
+    ) -> None:
+        super().__init__(transport._rounds, Caller(transport._rounds, examined))
+        self._send = transport._app.handle_request
+        self._request = request
+        self._response: httpx.Response | None = None
+        self._taken: list[bytes] = []
+        self._iterator: Iterator[bytes] | None = None
+
+    def record(self) -> Verdict:
+        response = self._response = self._send(self._request)
+        verdict = _head(self, response)
+        if verdict is not None:
+            return verdict
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        self._iterator = iter(response.stream)
+        for chunk in self._iterator:
+            self._taken.append(chunk)
+            verdict = self.recording.body(chunk)
+            if verdict is not None:
+                return verdict
+        return self.recording.end()
+
+    def response(self) -> httpx.Response:
+        """The leader's own answer."""
+        if self.error is not None and self._response is not None:
+            self._response.close()
+        self.raise_error()
+        response = self._response
+        assert response is not None
+        if self._iterator is None:
+            return response
+        return _replaced(response, _Rest(self._taken, self._iterator, response.close))
+
+
+class _Rest(httpx.SyncByteStream):
+    """What was read of a body, and what is still to be read."""
+
+    def __init__(
+        self, taken: list[bytes], iterator: Iterator[bytes], close: Callable[[], None]
+    ) -> None:
+        self._taken = taken
+        self._iterator = iterator
+        self._close = close
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._taken
+        yield from self._iterator
+
+    def close(self) -> None:
+        self._close()
+
+
+class _TaskRun(TaskRun):
+    """One request, and sending it. On its loop's thread."""
+
+    def __init__(
+        self, transport: AsyncCoalesceTransport, examined: Request, request: httpx.Request
+    ) -> None:
+        super().__init__(transport._rounds, Caller(transport._rounds, examined))
+        self._send = transport._app.handle_async_request
+        self._close_later = transport._close_later
+        self._request = request
+        self._response: httpx.Response | None = None
+        self._taken: list[bytes] = []
+        self._iterator: AsyncIterator[bytes] | None = None
+        #: What ends the leader's own request.
+        self._error: Exception | None = None
+        #: The leader's caller has left: nobody takes its answer.
+        self._detached = False
+
+    async def lead(self) -> Verdict:
+        try:
+            verdict = self._finish(await self._record())
+        except Exception as error:
+            if self._finish_failed():
+                raise
+            self._error = error
+            assert self.round.verdict is not None
+            verdict = self.round.verdict
+        except BaseException:
+            self._drop()
+            raise
+        if self._detached:
+            self._drop()
+        return verdict
+
+    async def _record(self) -> Verdict:
+        response = self._response = await self._send(self._request)
+        verdict = _head(self, response)
+        if verdict is not None:
+            return verdict
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        self._iterator = aiter(response.stream)
+        async for chunk in self._iterator:
+            self._taken.append(chunk)
+            verdict = self.recording.body(chunk)
+            if verdict is not None:
+                return verdict
+        return self.recording.end()
+
+    def detach(self) -> None:
+        """The leader's caller has left. What it would have got is closed, now or at the end."""
+        self._detached = True
+        if self.begun and self.round.verdict is not None:
+            self._drop()
+
+    def _drop(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            self._close_later(response)
+
+    async def response(self) -> httpx.Response:
+        """The leader's own answer."""
+        response, error = self._response, self._error
+        self._error = None
+        if error is not None:
+            if response is not None:
+                await response.aclose()
+            try:
+                raise error
+            finally:
+                del error  # or this frame and the error would keep each other alive
+        assert response is not None
+        if self._iterator is None:
+            return response
+        return _replaced(response, _AsyncRest(self._taken, self._iterator, response.aclose))
+
+
+class _AsyncRest(httpx.AsyncByteStream):
+    """What was read of a body, and what is still to be read."""
+
+    def __init__(
+        self, taken: list[bytes], iterator: AsyncIterator[bytes], close: Callable[[], Any]
+    ) -> None:
+        self._taken = taken
+        self._iterator = iterator
+        self._close = close
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self._taken:
+            yield chunk
+        async for chunk in self._iterator:
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._close()
