@@ -9,7 +9,7 @@ ARGS ?=
 .DELETE_ON_ERROR:
 # Two editable installs at once would write the same metadata.
 .NOTPARALLEL:
-.PHONY: help demo test test-plain test-compiled test-wheel check lint types imports bench docs pins clean
+.PHONY: help demo test test-environment test-plain test-compiled test-wheel check lint types imports bench docs pins clean
 
 # Such as 3.14.6 or, free-threaded, 3.14.6t; "old 3.10.1"; empty if $(PYTHON) does not run.
 VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; \
@@ -78,6 +78,9 @@ demo bench: %: .venv/%-$(KEY)/built
 test: .venv/test-$(KEY)/built
 	@$(plain) $(call run,test) pytest $(ARGS)
 	@if $(call is_compiled,$(<D)); then $(compiled) $(call run,test) pytest $(ARGS); fi
+
+# What the tests run in, made but not used.
+test-environment: .venv/test-$(KEY)/built
 
 test-plain test-compiled: test-%: .venv/test-$(KEY)/built
 	@$($*) $(call run,test) pytest $(ARGS)
