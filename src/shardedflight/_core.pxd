@@ -540,7 +540,7 @@ cdef inline list lines_running(object memory):
 
 # -- the types of _core.py --------------------------------------------------------------------------
 
-cdef object NO_PART, SEVERAL, NONE_MORE, NO_SEAT, CoroutineType
+cdef object NO_PART, SEVERAL, NONE_MORE, CoroutineType
 
 cdef inline object id(object o):
     """As the built-in, without the call."""

@@ -45,7 +45,8 @@ The shape of it, one record per running key, is that of Go's `singleflight.go`
 """
 # What is used behind `if COMPILED` is set behind it; and the functions of C have no types here.
 # mypy: disable-error-code="possibly-undefined, no-any-return"
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportUnknownArgumentType=false
 
 import enum
 import itertools
@@ -704,9 +705,8 @@ class _Mark:
 #: it is not taken for a lone part that is a tuple; that of none is NO_PART.
 NO_PART: Any = _Mark("<no part>")
 SEVERAL: Any = _Mark("<several parts>")
-#: Compiled: further parts of which there are none, and a seat that has not been made.
+#: Compiled: further parts of which there are none.
 NONE_MORE = ()
-NO_SEAT: Any = None
 
 
 def public_key(key: Any) -> Any:
@@ -870,7 +870,7 @@ class Core:
         seat: Any
         if COMPILED:
             # The seat is a slot in the line. Key and seat are made only if somebody meets it.
-            seat = NO_SEAT
+            seat = None
             slot = TAKEN
             if self._build_key is None:
                 first, rest = borrow(part), borrow(more)
@@ -902,7 +902,7 @@ class Core:
                 value = fn()
                 if type(value) is CoroutineType:
                     if COMPILED:
-                        if seat is NO_SEAT:
+                        if seat is None:
                             seat = line_seat(line, slot, first, rest)
                         shard = self._shard_of(seat[0], h)
                     self._conclude(shard, h, seat, seat[1], End.LOST)
@@ -910,7 +910,7 @@ class Core:
                 if COMPILED:
                     seat = line_release(line, slot, h, seat)
                     slot = TAKEN
-                    if seat is NO_SEAT:
+                    if seat is None:
                         return value, False
                     shard = self._shard_of(seat[0], h)
                 else:
@@ -920,13 +920,13 @@ class Core:
                 record = self._conclude(shard, h, seat, seat[1], End.VALUE, value)
                 return value, record is not None and record.shared
             if COMPILED:
-                if seat is NO_SEAT:
+                if seat is None:
                     seat = line_seat(line, slot, first, rest)
                 shard = self._shard_of(seat[0], h)
             return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
             if COMPILED:
-                if seat is NO_SEAT:
+                if seat is None:
                     seat = line_seat(line, slot, first, rest)
                 shard = self._shard_of(seat[0], h)
             try:
