@@ -397,9 +397,12 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
 
 cdef inline bint line_taken(line_t* line, Py_hash_t h):
     """Whether somebody has this place, or might stand beside it."""
+    cdef object number = h if line.extra else None
     cdef bint taken
     lock(&line.mutex)
-    taken = find(line, h) >= 0 or line.extra or line.flags & BESIDE
+    taken = find(line, h) >= 0 or line.flags & BESIDE
+    if not taken and line.extra:
+        taken = number is None or in_extras(line, number) != NULL
     unlock(&line.mutex)
     return taken
 
