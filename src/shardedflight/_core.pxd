@@ -597,4 +597,6 @@ cdef class Core:
     cdef object _index(self, object key, Py_hash_t h)
 
 cpdef object key_of(tuple parts)
+
+cdef object end_badly(Core core, Shard shard, Py_hash_t h, object seat, object error)
 cdef int count_served(dict waiters) except -1

@@ -749,6 +749,18 @@ def settle_late() -> None:
         flight._fail(*arguments)
 
 
+def end_badly(core: "Core", shard: Shard, h: int, seat: Seat, error: BaseException) -> None:
+    """As the end of `do` when something was raised, compiled.
+
+    No signal handler interrupts there. It is a function because `do` then needs less of a stack.
+    """
+    try:
+        core._fail(shard, h, seat, seat[1], error)
+    except RecursionError:  # no room left on this stack
+        late.append((core, shard, h, seat, seat[1], error))
+        start_new_thread(settle_late, ())
+
+
 _making = SteadyLock()
 
 #: All flights, by id, for what concerns the whole process. A plain dict: it can be read in one step
@@ -917,8 +929,7 @@ class Core:
                     del shard.table[h]
                     if not shard.met:
                         return value, False
-                record = self._conclude(shard, h, seat, seat[1], End.VALUE, value)
-                return value, record is not None and record.shared
+                return self._serve(shard, h, seat, value)
             if COMPILED:
                 if seat is None:
                     seat = line_seat(line, slot, first, rest)
@@ -928,7 +939,8 @@ class Core:
             if COMPILED:
                 if seat is None:
                     seat = line_seat(line, slot, first, rest)
-                shard = self._shard_of(seat[0], h)
+                end_badly(self, self._shard_of(seat[0], h), h, seat, error)
+                raise
             try:
                 self._fail(shard, h, seat, seat[1], error)
             except RecursionError:  # no room left on this stack
@@ -938,6 +950,11 @@ class Core:
                 self._fail(shard, h, seat, seat[1], error)
                 raise
             raise
+
+    def _serve(self, shard: Shard, h: int, seat: Seat, value: T) -> tuple[T, bool]:
+        """Ends the leader's run with a value that others may want."""
+        record = self._conclude(shard, h, seat, seat[1], End.VALUE, value)
+        return value, record is not None and record.shared
 
     def _fail(self, shard: Shard, h: int, seat: Seat, leader: Any, error: BaseException) -> None:
         """Ends the leader's run with what its function raised, as seen from the caller's frame."""
