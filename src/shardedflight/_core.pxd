@@ -592,6 +592,9 @@ cdef class Core:
     cdef public object _shards, _single
 
     cpdef tuple _place(self, tuple parts)
+    cdef object _built(self, object part, tuple more)
+    cdef object _serve(self, Py_hash_t h, object seat, object value)
+    cdef object _refuse(self, Py_hash_t h, object seat, object value)
     cdef Shard _shard_of(self, object key, Py_hash_t h)
     cdef Shard _shard_at(self, size_t index)
     cdef object _index(self, object key, Py_hash_t h)

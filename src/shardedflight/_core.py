@@ -875,10 +875,6 @@ class Core:
         """
         if timeout is not None:
             check_timeout(timeout)
-        if self._build_key is not None:
-            key = self._build_key(*(() if part is NO_PART else (part, *more)))
-        elif not COMPILED:  # the same as key_of(parts), without the call
-            key = (SEVERAL, part, more) if more else part
         seat: Any
         if COMPILED:
             # The seat is a slot in the line. Key and seat are made only if somebody meets it.
@@ -887,10 +883,15 @@ class Core:
             if self._build_key is None:
                 first, rest = borrow(part), borrow(more)
             else:
+                key = self._built(part, more)
                 first, rest = borrow(key), borrow(NONE_MORE)
             h = hash_of_call(first, rest)
             line = line_of(self, h, first, rest)
         else:
+            if self._build_key is None:  # the same as key_of(parts), without the call
+                key = (SEVERAL, part, more) if more else part
+            else:
+                key = self._built(part, more)
             h = hash(key)
             seat = (key, get_ident())
             shard = self._single or self._shard_of(key, h)
@@ -903,38 +904,29 @@ class Core:
                 if slot == FULL:
                     seat = line_seat(line, slot, first, rest)
                     slot = line_claim_more(line, h, seat)
-                leads = slot >= 0
-            else:
-                leads = shard.table.setdefault(h, seat) is seat and (
-                    not shard.overflow or h not in shard.overflow
-                )
-            if leads:
-                if not COMPILED:
-                    next(shard.started)
-                value = fn()
-                if type(value) is CoroutineType:
-                    if COMPILED:
-                        if seat is None:
-                            seat = line_seat(line, slot, first, rest)
-                        shard = self._shard_of(seat[0], h)
-                    self._conclude(shard, h, seat, seat[1], End.LOST)
-                    refuse_coroutine(value)
-                if COMPILED:
+                if slot >= 0:
+                    value = fn()
+                    if type(value) is CoroutineType:
+                        self._refuse(h, seat or line_seat(line, slot, first, rest), value)
                     seat = line_release(line, slot, h, seat)
                     slot = TAKEN
                     if seat is None:
                         return value, False
-                    shard = self._shard_of(seat[0], h)
-                else:
-                    del shard.table[h]
-                    if not shard.met:
-                        return value, False
-                return self._serve(shard, h, seat, value)
-            if COMPILED:
+                    return self._serve(h, seat, value)
                 if seat is None:
                     seat = line_seat(line, slot, first, rest)
-                shard = self._shard_of(seat[0], h)
-            return self._follow(shard, h, seat, fn, timeout)
+            elif shard.table.setdefault(h, seat) is seat and (
+                not shard.overflow or h not in shard.overflow
+            ):
+                next(shard.started)
+                value = fn()
+                if type(value) is CoroutineType:
+                    self._refuse(h, seat, value)
+                del shard.table[h]
+                if not shard.met:
+                    return value, False
+                return self._serve(h, seat, value)
+            return self._follow(self._shard_of(seat[0], h), h, seat, fn, timeout)
         except BaseException as error:
             if COMPILED:
                 if seat is None:
@@ -951,10 +943,21 @@ class Core:
                 raise
             raise
 
-    def _serve(self, shard: Shard, h: int, seat: Seat, value: T) -> tuple[T, bool]:
+    def _built(self, part: Any, more: tuple[Any, ...]) -> Any:
+        """The key by the user's own builder."""
+        parts = () if part is NO_PART else (part, *more)
+        return cast("Callable[..., Hashable]", self._build_key)(*parts)
+
+    def _serve(self, h: int, seat: Seat, value: T) -> tuple[T, bool]:
         """Ends the leader's run with a value that others may want."""
+        shard = self._shard_of(seat[0], h)
         record = self._conclude(shard, h, seat, seat[1], End.VALUE, value)
         return value, record is not None and record.shared
+
+    def _refuse(self, h: int, seat: Seat, value: Any) -> NoReturn:
+        """Ends the leader's run, which is its own mistake: its function has made a coroutine."""
+        self._conclude(self._shard_of(seat[0], h), h, seat, seat[1], End.LOST)
+        refuse_coroutine(value)
 
     def _fail(self, shard: Shard, h: int, seat: Seat, leader: Any, error: BaseException) -> None:
         """Ends the leader's run with what its function raised, as seen from the caller's frame."""
