@@ -739,6 +739,12 @@ _making = SteadyLock()
 _flights: "dict[int, weakref.ref[Any]]" = {}
 
 
+def after_fork_in_child() -> None:
+    """Whoever was making a shard is gone, and shall not hold up the child."""
+    global _making
+    _making = SteadyLock()
+
+
 def register(flight: "Core") -> None:
     """Has the flight found by `all_flights` as long as it lives."""
     me = id(flight)

@@ -24,6 +24,7 @@ from ._core import (
     Run,
     Seat,
     Shard,
+    after_fork_in_child,
     all_flights,
     gil_enabled,
     not_awaitable,
@@ -309,7 +310,7 @@ class ShardedFlight(Core):
             self._leave_async(shard, h, seat, record, waiter, run)
             raise
         finally:
-            del record, seat, run  # a traceback may hold this frame: see Failure
+            del record, seat, run, waiter  # a traceback may hold this frame: see Failure
 
     def _start(self, run: LoopRun, coroutine: Coroutine[Any, Any, None]) -> None:
         """Runs `coroutine`, a run's, in a task; its first step at once where possible."""
@@ -613,6 +614,7 @@ def _loop_closed() -> None:
 def _after_fork_in_child() -> None:
     global _pool_lock
     _pool_lock = SteadyLock()
+    after_fork_in_child()
     for flight in all_flights():
         flight._after_fork_in_child()
 
