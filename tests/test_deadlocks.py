@@ -703,6 +703,33 @@ def test_a_cycle_of_a_thread_and_a_child_task(wait: Wait) -> None:
         assert_clean(flight)
 
 
+@pytest.mark.xfail(reason="a child's wait is looked at when it begins and one round of the loop later")
+def test_recursion_through_a_child_that_is_awaited_long_after_it_began_to_wait() -> None:
+    """Section 7, sentence 1: "any cycle of keys across threads and tasks"."""
+    flight = ShardedFlight()
+    children: list[asyncio.Task[Any]] = []
+
+    async def function() -> Any:
+        child = asyncio.create_task(flight.do_async(never_async, "k"))
+        children.append(child)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return await child
+
+    async def main() -> None:
+        leader = asyncio.create_task(flight.do_async(function, "k"))
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        found = leader.done()
+        leader.cancel()
+        children[0].cancel()
+        answers = await asyncio.gather(leader, *children, return_exceptions=True)
+        assert found
+        assert type(answers[0]) is DeadlockError
+
+    spawn_loop(main).result(PATIENCE)
+
+
 def test_an_uncaught_deadlock_in_a_task_group_comes_out_of_the_group() -> None:
     """Section 7, sentence 1: the group's own rules for the error of a child hold."""
     flight = ShardedFlight()
@@ -788,6 +815,31 @@ def test_a_blocking_call_for_an_execution_of_a_loop_of_its_thread_that_does_not_
         return answer
 
     assert spawn(body).result(PATIENCE) == ("value", False)
+    assert_clean(flight)
+
+
+def test_a_blocking_result_for_an_execution_of_its_own_running_loop() -> None:
+    """Section 7, sentence 2, for the future of `do_future`: it has joined, but is not waited for."""
+    flight = ShardedFlight()
+
+    async def main() -> Any:
+        end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def function() -> str:
+            return await end
+
+        leader = asyncio.create_task(flight.do_async(function, "k"))
+        await eventually_async(lambda: flight.in_flight() == 1)
+        follower = flight.do_future(never, "k")
+        for wait in (follower.result, follower.exception):
+            with pytest.raises(DeadlockError) as caught:
+                wait(PATIENCE)
+            assert caught.value.keys == ("k",)
+        end.set_result("value")
+        return await leader, follower.result(PATIENCE)
+
+    assert spawn_loop(main).result(PATIENCE) == (("value", True), ("value", True))
+    assert flight.stats().deadlocks == 2
     assert_clean(flight)
 
 
