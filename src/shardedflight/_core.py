@@ -142,7 +142,8 @@ class Run:
 class Execution:
     """The record of one execution, made by the first who meets its leader.
 
-    All fields but the first are changed under the shard's lock.
+    All fields but the first are changed under the shard's lock; `waiters`, once it has ended, by
+    who wakes them.
     """
 
     __slots__ = (

@@ -104,7 +104,7 @@ class ShardedFlight(Core):
 
     Args:
         shards: The number of independent tables, a power of two. By default 1 where the GIL lets
-            one thread run at a time, and more on free-threaded builds.
+            one thread run at a time, and 512 on free-threaded builds.
         build_key: Makes a hashable key out of a call's parts. By default one part is its own key,
             and several are a tuple.
         hash: Maps a key to an int whose low bits pick the shard. By default Python's own hash,
@@ -399,7 +399,8 @@ class ShardedFlight(Core):
             A future of the value and whether it went to more than one caller.
 
         Raises:
-            TypeError: The key is not hashable or a hook returned what it must not.
+            TypeError: The key is not hashable, a hook returned what it must not, or `fn` is a
+                coroutine function: use `do_async`.
             RuntimeError: The executor takes no work any more.
         """
         refuse_coroutine_function(fn)
