@@ -1299,6 +1299,36 @@ def test_a_leader_looks_once_more(kind: str) -> None:
     assert work.flight.stats().executions == 2, "the late one did not become a leader"
 
 
+@each_kind
+def test_a_value_is_written_before_its_execution_ends(kind: str) -> None:
+    """Afterwards there would be a gap: nothing cached, and nobody to join."""
+
+    class Watched(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            in_flight.append(work.flight.in_flight())
+            super().__setitem__(key, value)
+
+    in_flight: list[int] = []
+    work = Load(kind, cache=Watched())
+    assert work.now(7) == ["value of", 7, 1]
+    assert in_flight == [1]
+
+
+@each_kind
+def test_what_a_mapping_raises_for_a_value_reaches_all_who_waited(kind: str) -> None:
+    class Full(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            raise OSError("the disk is full")
+
+    work = Load(kind, cache=Full())
+    calls = [work.lead(7), work.follow(7)]
+    work.go.set()
+    for call in calls:
+        with pytest.raises(OSError, match="the disk is full"):
+            call.result(PATIENCE)
+    assert work.calls == [7]
+
+
 # "written on success only" - with `test_an_error_reaches_everybody_and_is_not_remembered`
 
 

@@ -6,10 +6,12 @@ fails one test and not the run.
 
 import asyncio
 import contextvars
+import gc
 import itertools
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -340,6 +342,104 @@ def test_followers_of_a_function_that_called_for_itself_get_its_error(kind: str)
     assert_clean(flight)
 
 
+# "No reference cycle keeps frames alive after the callers are done (checked with the collector
+# switched off)", in section 3: this is an error like any other.
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def do_inside_do_with_a_follower(flight: ShardedFlight) -> object:
+    def function() -> object:
+        flight.do_future(never, "k")
+        return flight.do(never, "k")
+
+    return flight.do(function, "k")
+
+
+@pytest.mark.parametrize(
+    "recursion",
+    # asyncio.run makes a cycle of what it raises.
+    [do_inside_do_with_a_follower, *(each for each in RECURSIONS if "async" not in each.__name__)],
+    ids=lambda recursion: recursion.__name__,
+)
+@pytest.mark.usefixtures("no_collector")
+def test_the_error_goes_when_it_is_dropped(recursion: Callable[[ShardedFlight], object]) -> None:
+    """Section 3 for a deadlock: neither it nor a frame that it passed is kept by a cycle."""
+
+    def dropped() -> "weakref.ref[BaseException]":
+        try:
+            recursion(flight)
+        except Exception as error:
+            return weakref.ref(error)
+        raise AssertionError("no error")
+
+    with ThreadPoolExecutor(1) as pool:
+        flight = ShardedFlight(executor=pool)
+        gone = spawn(dropped).result(PATIENCE)
+
+        def freed() -> bool:
+            # Without the GIL, what a thread made and others let go of goes when that thread runs.
+            pool.submit(int).result(PATIENCE)
+            return gone() is None
+
+        eventually(freed, "the error freed")
+
+
+async def ask_at_once(call: Callable[[], Awaitable[Any]]) -> Any:
+    return await call()
+
+
+async def ask_by_a_child(call: Any) -> Any:
+    return await asyncio.create_task(call())
+
+
+async def ask_by_a_child_that_waits_before_it_is_awaited(call: Any) -> Any:
+    children = [asyncio.create_task(call())]
+    await asyncio.sleep(0)
+    return await children.pop()
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(
+    "ask",
+    [ask_at_once, ask_by_a_child, ask_by_a_child_that_waits_before_it_is_awaited],
+    ids=lambda ask: ask.__name__,
+)
+@pytest.mark.usefixtures("no_collector")
+def test_the_error_of_a_coroutine_goes_when_it_is_dropped(
+    ask: Callable[[Any], Any], many: bool
+) -> None:
+    """Section 3 for a deadlock: as above, of tasks and their children."""
+    flight = ShardedFlight()
+
+    async def rest(keys: Sequence[str]) -> Any:
+        return dict.fromkeys(keys)
+
+    def again() -> Awaitable[Any]:
+        if many:
+            return flight.do_many_async(rest, ["k", "other"])
+        return flight.do_async(never_async, "k")
+
+    async def main() -> None:
+        gone: list[weakref.ref[BaseException]] = []
+        try:
+            await flight.do_async(lambda: ask(again), "k")
+        except DeadlockError as error:
+            gone.append(weakref.ref(error))
+        assert gone
+        await eventually_async(lambda: gone[0]() is None, "the error freed")
+
+    spawn_loop(main).result(PATIENCE)
+
+
 # "any cycle of keys across threads and tasks (A's function waits for B while B's waits for A)".
 
 
@@ -509,6 +609,11 @@ async def by_wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return await asyncio.wait_for(coroutine, PATIENCE)
 
 
+async def by_wait(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    done, _ = await asyncio.wait([asyncio.create_task(coroutine)])
+    return done.pop().result()
+
+
 async def by_shield(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return await asyncio.shield(coroutine)
 
@@ -527,6 +632,7 @@ WAITS: tuple[Wait, ...] = (
     by_task_group,
     by_task,
     by_wait_for,
+    by_wait,
     by_shield,
     by_timeout,
     by_nested_tasks,
@@ -595,6 +701,33 @@ def test_a_cycle_of_a_thread_and_a_child_task(wait: Wait) -> None:
         assert all(caller.result(PATIENCE)[0] == "fallback" for caller in callers)
         assert_names(ring.caught[0], "A", "B")
         assert_clean(flight)
+
+
+@pytest.mark.xfail(reason="a child's wait is looked at when it begins and one round of the loop later")
+def test_recursion_through_a_child_that_is_awaited_long_after_it_began_to_wait() -> None:
+    """Section 7, sentence 1: "any cycle of keys across threads and tasks"."""
+    flight = ShardedFlight()
+    children: list[asyncio.Task[Any]] = []
+
+    async def function() -> Any:
+        child = asyncio.create_task(flight.do_async(never_async, "k"))
+        children.append(child)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return await child
+
+    async def main() -> None:
+        leader = asyncio.create_task(flight.do_async(function, "k"))
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        found = leader.done()
+        leader.cancel()
+        children[0].cancel()
+        answers = await asyncio.gather(leader, *children, return_exceptions=True)
+        assert found
+        assert type(answers[0]) is DeadlockError
+
+    spawn_loop(main).result(PATIENCE)
 
 
 def test_an_uncaught_deadlock_in_a_task_group_comes_out_of_the_group() -> None:
@@ -682,6 +815,31 @@ def test_a_blocking_call_for_an_execution_of_a_loop_of_its_thread_that_does_not_
         return answer
 
     assert spawn(body).result(PATIENCE) == ("value", False)
+    assert_clean(flight)
+
+
+def test_a_blocking_result_for_an_execution_of_its_own_running_loop() -> None:
+    """Section 7, sentence 2, for the future of `do_future`: it has joined, but is not waited for."""
+    flight = ShardedFlight()
+
+    async def main() -> Any:
+        end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def function() -> str:
+            return await end
+
+        leader = asyncio.create_task(flight.do_async(function, "k"))
+        await eventually_async(lambda: flight.in_flight() == 1)
+        follower = flight.do_future(never, "k")
+        for wait in (follower.result, follower.exception):
+            with pytest.raises(DeadlockError) as caught:
+                wait(PATIENCE)
+            assert caught.value.keys == ("k",)
+        end.set_result("value")
+        return await leader, follower.result(PATIENCE)
+
+    assert spawn_loop(main).result(PATIENCE) == (("value", True), ("value", True))
+    assert flight.stats().deadlocks == 2
     assert_clean(flight)
 
 

@@ -473,11 +473,13 @@ def assert_untouched(flight: ShardedFlight, method: str, *good: Any) -> None:
 
 
 @each_method
+@pytest.mark.parametrize("hook", [None, lambda key: 0])
 @pytest.mark.parametrize("shards", [1, 16])
 @pytest.mark.parametrize("parts", [([],), ({},), ("a", []), ("a", ("b", {1}))], ids=repr)
-def test_an_unhashable_key(method: str, shards: int, parts: tuple[Any, ...]) -> None:
-    """1: "An unhashable key ...: the caller gets that error, nothing is registered"."""
-    flight = ShardedFlight(shards)
+def test_an_unhashable_key(method: str, shards: int, parts: tuple[Any, ...], hook: Any) -> None:
+    """1: "An unhashable key ...: the caller gets that error, nothing is registered"; also where a
+    `hash` would have an answer."""
+    flight = ShardedFlight(shards, hash=hook)
     with pytest.raises(TypeError, match="unhashable"):
         METHODS[method](flight, lambda: pytest.fail("the function ran"), *parts)
     with pytest.raises(TypeError, match="unhashable"):

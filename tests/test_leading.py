@@ -900,6 +900,23 @@ def test_a_coroutine_function_is_not_for_do_and_do_future(method: str, function:
     assert flight.do(lambda: "v", "k") == ("v", False)
 
 
+@pytest.mark.parametrize("method", ["do", "do_future"])
+def test_a_follower_with_a_coroutine_function_is_refused_at_once(method: str) -> None:
+    """2: as above for a caller that would only have joined: the mistake does not hide."""
+    flight = ShardedFlight()
+    work = Work(value="v")
+    led = spawn(flight.do, work, "k")
+    assert work.running.wait(PATIENCE)
+    with pytest.raises(TypeError, match="do_async"):
+        if method == "do":
+            flight.do(coroutine_function, "k", timeout=0)
+        else:
+            flight.do_future(coroutine_function, "k")
+    assert flight.stats().waiting == 0
+    work.go.set()
+    assert led.result(PATIENCE) == ("v", False)
+
+
 @pytest.mark.parametrize("value", ["value", None, 0, ()], ids=repr)
 def test_a_plain_function_is_not_for_do_async(value: Any) -> None:
     """2: "or a plain function to `do_async`, is a `TypeError` that says which method to use"."""

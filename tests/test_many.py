@@ -5,10 +5,12 @@ event loop and thread of its own.
 """
 
 import asyncio
+import gc
 import random
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -386,6 +388,18 @@ def test_build_key_is_applied_to_each_key(kind: str) -> None:
 
 
 @in_both_ways
+def test_two_names_for_one_key_are_both_answered(kind: str) -> None:
+    """Section 8: what the hook makes one key counts once, and the answer has what was asked."""
+    flight = ShardedFlight(build_key=str.lower)
+    rows = Rows()
+    found = ask_many(kind, flight, rows, ["A", "b", "a"]).result(PATIENCE)
+    assert rows.asked == [["A", "b"]]
+    assert found == {"A": ("row A", False), "a": ("row A", False), "b": ("row b", False)}
+    assert flight.stats().executions == 2
+    assert_clean(flight, "A", "b")
+
+
+@in_both_ways
 def test_forget_drops_single_keys_of_the_call(kind: str) -> None:
     """Section 6 for many keys: the call serves its own, and newcomers start anew."""
     flight = ShardedFlight()
@@ -661,6 +675,63 @@ def test_the_failure_of_one_joined_key_does_not_cut_the_wait_for_another_short(k
     assert_clean(flight, *"abc")
 
 
+# "No reference cycle keeps frames alive after the callers are done (checked with the collector
+# switched off)", in section 3.
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Failed(Exception):
+    """Can be weakly referenced, as built-in ones can not."""
+
+
+@in_both_ways
+@pytest.mark.parametrize("joined_fails", [False, True])
+@pytest.mark.usefixtures("no_collector")
+def test_an_error_for_many_keys_goes_when_it_is_dropped(kind: str, joined_fails: bool) -> None:
+    """Section 3 for many keys: no cycle keeps the error, or the frames that it passed."""
+    flight = ShardedFlight()
+    ones = [leads(flight, "b", LookupError("b failed"))] if joined_fails else []
+    opened: list[bool] = []
+
+    def end(keys: list[str]) -> Any:
+        for one in ones:
+            one.gate.set()
+        opened.append(True)
+        raise Failed
+
+    rows = Rows(end)
+    gone: list[weakref.ref[BaseException]] = []
+
+    def call() -> None:
+        try:
+            flight.do_many(rows.plain, "abc")
+        except (Failed, FlightErrorGroup) as error:
+            gone.append(weakref.ref(error))
+
+    async def call_async() -> None:
+        try:
+            await flight.do_many_async(rows.coroutine, "abc")
+        except (Failed, FlightErrorGroup) as error:
+            gone.append(weakref.ref(error))
+        await eventually_async(lambda: gone[0]() is None, "the error freed")
+
+    if kind == "do_many":
+        spawn(call).result(PATIENCE)
+    else:
+        spawn_loop(call_async).result(PATIENCE)
+    assert opened
+    eventually(lambda: gone[0]() is None, "the error freed")
+
+
 # Section 4 for many keys.
 
 
@@ -817,6 +888,48 @@ def test_a_call_for_many_that_took_over_is_lost_in_turn(kind: str) -> None:
     assert isinstance(caller.exception(PATIENCE), Lost)
     assert slow.caller.result(PATIENCE)[0] == "slow"
     assert_clean(flight, *"abc")
+
+
+async def for_ever(keys: Any = None) -> Any:
+    await asyncio.Event().wait()
+
+
+def closed_under(flight: ShardedFlight, keys: str, waiting: int) -> "asyncio.Task[Any]":
+    """A call for many keys that went with its loop, which nobody told; its task."""
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: None)
+    task = loop.create_task(flight.do_many_async(for_ever, keys))
+    begun = eventually_async(
+        lambda: flight.in_flight() == len(keys) and flight.stats().waiting == waiting
+    )
+    loop.run_until_complete(begun)
+    loop.close()
+    return task
+
+
+@pytest.mark.parametrize("other", ["do_many", "do_many_async"])
+def test_each_key_is_handed_over_when_the_loop_is_closed(other: str) -> None:
+    """Section 4 for many keys: "a loop closed under its task"."""
+    flight = ShardedFlight()
+    task = closed_under(flight, "ab", 0)
+    rows = Rows(tag="own")
+    found = ask_many(other, flight, rows, "ab").result(PATIENCE)
+    assert {key: value for key, (value, _) in found.items()} == {"a": "own a", "b": "own b"}
+    assert not task.done()
+    assert_clean(flight, *"ab")
+
+
+def test_a_call_for_many_on_a_closed_loop_is_passed_over() -> None:
+    """Section 4 for many keys: on a closed loop nobody is "still waiting"."""
+    flight = ShardedFlight()
+    lost = leads(flight, "a", Lost())
+    task = closed_under(flight, "a", 1)
+    follower = follows(flight, "a")
+    lost.gate.set()
+    assert isinstance(lost.caller.exception(PATIENCE), Lost)
+    assert follower.caller.result(PATIENCE)[0] == "own"
+    assert not task.done()
+    assert_clean(flight, "a")
 
 
 # Section 5 for many keys.

@@ -29,6 +29,7 @@ from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 
 import shardedflight
 from shardedflight import ShardedFlight
+from shardedflight._lock import SteadyLock
 
 #: What Python 3.12 and later say about what these tests are for.
 forks = [
@@ -233,6 +234,37 @@ def test_a_hundred_forks_of_a_parent_that_never_rests() -> None:
     for caller in callers:
         caller.result(PATIENCE)
     eventually(lambda: flight.in_flight() == 0)
+
+
+@need_fork
+@pytest.mark.parametrize("shards", [1, 16])
+def test_a_fork_while_another_thread_holds_every_lock(shards: int) -> None:
+    """Section 9, sentence 1: "no lock held", whichever it was that the parent held."""
+    flight = ShardedFlight(shards)
+    for key in range(64):
+        flight.do(lambda: 1, key)
+    modules = [module for name, module in sys.modules.items() if name.startswith("shardedflight")]
+    named = [value for module in modules for value in vars(module).values()]
+    locks: list[Any] = [value for value in named if isinstance(value, SteadyLock)]
+    assert len(locks) >= 4
+    locks += [shard.lock for shard in flight._made_shards()]
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        for lock in locks:
+            lock.acquire()
+        held.set()
+        release.wait(PATIENCE)
+        for lock in locks:
+            lock.release()
+
+    holder = spawn(hold)
+    assert held.wait(PATIENCE)
+    try:
+        in_child(lambda: assert_works(flight) or assert_works(ShardedFlight(shards)))
+    finally:
+        release.set()
+        holder.result(PATIENCE)
 
 
 @need_fork

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from shardedflight import ShardedFlight
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNNABLE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *RUNNABLE})
@@ -272,3 +274,12 @@ def test_the_figures_are_of_the_benchmark_as_it_is() -> None:
         for table in tables:
             shown = {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]}
             assert shown <= measured
+
+
+@pytest.mark.skipif(
+    getattr(sys, "_is_gil_enabled", lambda: True)(), reason="the number is of free-threaded builds"
+)
+def test_the_default_number_of_shards_is_the_documented_one() -> None:
+    text = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
+    documented = re.findall(r"(\d+) on a free-threaded build", text)
+    assert documented == [str(ShardedFlight().shards)]

@@ -143,7 +143,8 @@ class Run:
 class Execution:
     """The record of one execution, made by the first who meets its leader.
 
-    All fields but the first are changed under the shard's lock.
+    All fields but the first are changed under the shard's lock; `waiters`, once it has ended, by
+    who wakes them.
     """
 
     __slots__ = (
@@ -766,6 +767,12 @@ _making = SteadyLock()
 #: All flights, by id, for what concerns the whole process. A plain dict: it can be read in one step
 #: while others make and drop flights.
 _flights: "dict[int, weakref.ref[Any]]" = {}
+
+
+def after_fork_in_child() -> None:
+    """Whoever was making a shard is gone, and shall not hold up the child."""
+    global _making
+    _making = SteadyLock()
 
 
 def register(flight: "Core") -> None:

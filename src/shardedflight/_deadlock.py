@@ -115,7 +115,12 @@ def begin_wait(
             error = _find_cycle(executions, task, ())
         if error is not None:
             shard.count_deadlock()
-            raise error
+            try:
+                raise error
+            finally:
+                # The error's traceback holds this frame, and all of these hold the error or may.
+                leader = run = None
+                del error, executions, task
     except BaseException:
         end_wait(future)
         raise
@@ -154,7 +159,10 @@ def check_wait(
         error = _find_cycle(executions, task, first)
     if error is not None:
         shard.count_deadlock()
-        raise error
+        try:
+            raise error
+        finally:
+            del error, executions, first, task  # see begin_wait
 
 
 def _find_cycle(

@@ -24,6 +24,7 @@ from ._core import (
     Run,
     Seat,
     Shard,
+    after_fork_in_child,
     all_flights,
     gil_enabled,
     late,
@@ -105,7 +106,7 @@ class ShardedFlight(Core):
 
     Args:
         shards: The number of independent tables, a power of two. By default 1 where the GIL lets
-            one thread run at a time, and more on free-threaded builds.
+            one thread run at a time, and 512 on free-threaded builds.
         build_key: Makes a hashable key out of a call's parts. By default one part is its own key,
             and several are a tuple.
         hash: Maps a key to an int whose low bits pick the shard. By default Python's own hash,
@@ -312,7 +313,7 @@ class ShardedFlight(Core):
             self._leave_async(shard, h, seat, record, waiter, run)
             raise
         finally:
-            del record, seat, run  # a traceback may hold this frame: see Failure
+            del record, seat, run, waiter  # a traceback may hold this frame: see Failure
 
     def _start(self, run: LoopRun, coroutine: Coroutine[Any, Any, None]) -> None:
         """Runs `coroutine`, a run's, in a task; its first step at once where possible."""
@@ -402,7 +403,8 @@ class ShardedFlight(Core):
             A future of the value and whether it went to more than one caller.
 
         Raises:
-            TypeError: The key is not hashable or a hook returned what it must not.
+            TypeError: The key is not hashable, a hook returned what it must not, or `fn` is a
+                coroutine function: use `do_async`.
             RuntimeError: The executor takes no work any more.
         """
         refuse_coroutine_function(fn)
@@ -622,6 +624,7 @@ def _loop_closed() -> None:
 def _after_fork_in_child() -> None:
     global _pool_lock
     _pool_lock = SteadyLock()
+    after_fork_in_child()
     for flight in all_flights():
         flight._after_fork_in_child()
 

@@ -180,13 +180,16 @@ class FlightFuture(Future[Any], Run, Waiter):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As `concurrent.futures.Future.exception`; also raises `DeadlockError`."""
-        if self.done():
-            return super().exception(timeout)
-        begin_wait(self._shard, (self if self.joined is None else self.joined,))
         try:
-            return super().exception(timeout)
+            if self.done():
+                return super().exception(timeout)
+            begin_wait(self._shard, (self if self.joined is None else self.joined,))
+            try:
+                return super().exception(timeout)
+            finally:
+                end_wait()
         finally:
-            end_wait()
+            del self  # a deadlock's traceback holds this frame, and self may come to hold that
 
 
 class _Job:

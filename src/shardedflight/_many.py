@@ -193,6 +193,8 @@ class _Batch:
 
     def clear(self) -> None:
         """Drops what a traceback must not keep alive: see `Failure`."""
+        for item in self.items:  # other lists have them, too
+            item.error = None
         self.items.clear()
         self.joined.clear()
         self.own_error = None
@@ -277,6 +279,7 @@ async def do_many_async(
     #: The runs of `fn`, each with what it leads, as long as their end has not been seen.
     runs: dict[LoopRun, list[_Item]] = {}
     run = LoopRun(loop)
+    bell: asyncio.Future[None] | None = None
     try:
         led = batch.join((run,), inbox)
         if current_run.get() is not None:
@@ -315,6 +318,7 @@ async def do_many_async(
     finally:
         if not runs:
             batch.clear()
+        del bell, inbox  # a deadlock's error may be that of the future
 
 
 async def _run(
