@@ -31,6 +31,14 @@ cdef extern from *:
     #define shardedflight_lock(mutex) ((void)(mutex))
     #define shardedflight_unlock(mutex) ((void)(mutex))
     #endif
+    #if PY_VERSION_HEX >= 0x030D0000
+    #define shardedflight_find PyDict_GetItemRef
+    #else
+    static int shardedflight_find(PyObject *dict, PyObject *key, PyObject **found) {
+        *found = Py_XNewRef(PyDict_GetItemWithError(dict, key));
+        return *found != NULL ? 1 : PyErr_Occurred() ? -1 : 0;
+    }
+    #endif
     #if defined(Py_GIL_DISABLED) && PY_VERSION_HEX >= 0x030E0000
     #define shardedflight_defer(object) PyUnstable_Object_EnableDeferredRefcount(object)
     #else
@@ -52,6 +60,7 @@ cdef extern from *:
     void lock "shardedflight_lock" (mutex_t*) noexcept nogil
     void unlock "shardedflight_unlock" (mutex_t*) noexcept nogil
     void defer "shardedflight_defer" (object)
+    int dict_find "shardedflight_find" (object, object, PyObject**) except -1
 
 cdef extern from "pythread.h":
     unsigned long get_ident "PyThread_get_thread_ident" () noexcept nogil
@@ -545,6 +554,16 @@ cdef object NO_PART, SEVERAL, NONE_MORE, NO_SEAT, CoroutineType
 cdef inline object id(object o):
     """As the built-in, without the call."""
     return <uintptr_t><PyObject*>o
+
+
+cdef inline object peek(dict d, object key):
+    """As `d.get(key)`, which Cython makes a borrowed reference: another thread may drop the item."""
+    cdef PyObject* item
+    cdef object found = None
+    if dict_find(d, key, &item):
+        found = <object>item
+        Py_DECREF(found)
+    return found
 
 
 cdef class Execution:

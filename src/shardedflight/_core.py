@@ -93,6 +93,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         make_lines,
         mixed,
         next_serial,
+        peek,
         slots_of,
         stride_of,
     )
@@ -348,16 +349,16 @@ class Shard:
 
     def record(self, seat: Seat) -> Execution | None:
         """The record of an execution that somebody has met, until it ends."""
-        return self.met.get(id(seat))
+        return peek(self.met, id(seat))
 
     def leader(self, seat: Seat) -> Any:
         """Who leads by now."""
-        record = self.met.get(id(seat))
+        record = peek(self.met, id(seat))
         return seat[1] if record is None else record.leader
 
     def serial(self, seat: Seat) -> int:
         """Compiled: the place of the lead among those of its thread."""
-        record = self.met.get(id(seat))
+        record = peek(self.met, id(seat))
         if record is not None:
             return record.serial
         return seat[2] if len(seat) > 2 else 0
@@ -367,7 +368,7 @@ class Shard:
         head = self.get(h)
         found = [] if head is None else [head]
         if self.overflow:
-            found[:0] = self.overflow.get(h, ())
+            found[:0] = peek(self.overflow, h) or ()
         return found
 
     def executions(self) -> list[tuple[int, Seat]]:
@@ -475,7 +476,7 @@ class Shard:
     def _match(self, h: int, key: Any, head: Seat | None, mine: Seat | None) -> Seat | None:
         """The joinable execution for `key` among those that hold its hash. Runs user code."""
         if self.overflow:
-            for seat in self.overflow.get(h, ()):
+            for seat in peek(self.overflow, h) or ():
                 if seat is not mine and self._matches(seat, key):
                     return seat
         if head is None or head is mine or not self._matches(head, key):
@@ -483,7 +484,7 @@ class Shard:
         return head
 
     def _matches(self, seat: Seat, key: Any) -> bool:
-        record = self.met.get(id(seat))
+        record = peek(self.met, id(seat))
         if record is not None and not record.joinable:
             return False
         return seat[0] is key or bool(seat[0] == key)

@@ -7,7 +7,7 @@ its names here, whether Cython is installed or not: so there is one plain core, 
 from threading import get_ident
 from typing import Any
 
-__all__ = ["COMPILED", "compiled", "get_ident", "hash_of"]
+__all__ = ["COMPILED", "compiled", "get_ident", "hash_of", "peek"]
 
 #: Whether the module that asks was compiled. Cython puts True in its place.
 compiled = False
@@ -17,6 +17,9 @@ COMPILED = False
 
 #: What places a key in the tables.
 hash_of = hash
+
+#: Looks a key up in a dict that other threads change.
+peek = dict[Any, Any].get
 
 # Names of C's, which stand only where COMPILED is true.
 FULL: Any = None
