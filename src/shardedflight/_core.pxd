@@ -218,12 +218,17 @@ cdef inline uint64_t mixed(Py_hash_t h, int shift) noexcept nogil:
     return (<uint64_t>h * <uint64_t>0x9E3779B97F4A7C15ULL) >> 1 >> shift
 
 
-cdef inline line_t* line_of(Core core, Py_hash_t h, PyObject* part, PyObject* more) except NULL:
-    cdef size_t index = 0
+cdef inline size_t index_of(Core core, Py_hash_t h, PyObject* part, PyObject* more) except? -1:
+    """Which line and shard a key is in. Asked once for each call: it may be a hook's answer."""
     if core._hash is not None:
-        index = core._index(key_of_two(part, more), h)
-    elif core._mask:
-        index = mixed(h, core._shift)
+        return core._index(key_of_two(part, more), h)
+    return mixed(h, core._shift) if core._mask else 0
+
+
+cdef inline line_t* line_in(Core core, size_t index) except NULL:
+    if core._memory is None:
+        # A subclass has not called __init__, or the garbage collector has been here.
+        raise RuntimeError("the flight has not been initialised")
     return <line_t*>(<char*>core._lines + index * core._stride)
 
 
@@ -333,6 +338,29 @@ cdef inline object line_seat(line_t* line, int i, PyObject* part, PyObject* more
     else:
         make_seat(slot, seat)
     unlock(&line.mutex)
+    return seat
+
+
+cdef inline object line_leave(line_t* line, int i):
+    """Gives the slot back if nobody has asked for the seat, or else returns the seat.
+
+    It calls and allocates nothing, so it can not fail: what a slot has borrowed ends with its call.
+    """
+    cdef PyObject* made
+    if i <= LOOK:
+        i = LOOK - i
+    if i < 0 or i >= IN_MORE:
+        return None
+    lock(&line.mutex)
+    made = line.slot[i].part if is_made(&line.slot[i]) else NULL
+    if made == NULL:
+        clear(line, i)
+        unlock(&line.mutex)
+        return None
+    Py_INCREF(<object>made)
+    unlock(&line.mutex)
+    seat = <object>made
+    Py_DECREF(seat)
     return seat
 
 

@@ -74,14 +74,16 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         get_ident,
         hash_of,
         hash_of_call,
+        index_of,
         line_at,
         line_claim,
         line_claim_more,
         line_count,
         line_get,
+        line_in,
+        line_leave,
         line_link,
         line_mark,
-        line_of,
         line_release,
         line_seat,
         line_seats,
@@ -306,6 +308,11 @@ class Shard:
             number = next(self.started)
             self._started_reads += 1
             return number + 1 - self._started_reads + self.promotions
+
+    def count_error(self) -> None:
+        """An execution that nobody has met has ended with an exception."""
+        with self.lock:
+            self.errors += 1
 
     def count_timeout(self) -> None:
         """A follower has left after its timeout."""
@@ -811,7 +818,7 @@ class Core:
         index = hook(key)
         if not isinstance(index, int):
             raise TypeError(f"hash must return an int, and returned {index!r} for the key {key!r}")
-        return index & int(self._mask)
+        return int.__and__(index, int(self._mask))  # whatever a subclass makes of &
 
     def _shard_at(self, index: int) -> Shard:
         shard = self._shards[index]
@@ -866,7 +873,8 @@ class Core:
             else:
                 first, rest = borrow(key), borrow(NONE_MORE)
             h = hash_of_call(first, rest)
-            line = line_of(self, h, first, rest)
+            index = index_of(self, h, first, rest)
+            line = line_in(self, index)
         else:
             h = hash(key)
             seat = (key, get_ident())
@@ -893,7 +901,7 @@ class Core:
                     if COMPILED:
                         if seat is NO_SEAT:
                             seat = line_seat(line, slot, first, rest)
-                        shard = self._shard_of(seat[0], h)
+                        shard = self._shard_at(index)
                     self._conclude(shard, h, seat, seat[1], End.LOST)
                     refuse_coroutine(value)
                 if COMPILED:
@@ -901,7 +909,7 @@ class Core:
                     slot = TAKEN
                     if seat is NO_SEAT:
                         return value, False
-                    shard = self._shard_of(seat[0], h)
+                    shard = self._shard_at(index)
                 else:
                     del shard.table[h]
                     if not shard.met:
@@ -911,21 +919,41 @@ class Core:
             if COMPILED:
                 if seat is NO_SEAT:
                     seat = line_seat(line, slot, first, rest)
-                shard = self._shard_of(seat[0], h)
+                shard = self._shard_at(index)
             return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
+            leads = True
             if COMPILED:
+                leads = slot >= 0
                 if seat is NO_SEAT:
-                    seat = line_seat(line, slot, first, rest)
-                shard = self._shard_of(seat[0], h)
+                    seat = line_leave(line, slot)
+            where: Any = index if COMPILED else shard
             try:
-                self._fail(shard, h, seat, seat[1], error)
+                self._fail_call(where, h, seat, leads, error)
             except RecursionError:  # no room left on this stack
-                start_new_thread(self._fail, (shard, h, seat, seat[1], error))
+                start_new_thread(self._fail_call, (where, h, seat, leads, error))
             except BaseException:
-                self._fail(shard, h, seat, seat[1], error)
+                self._fail_call(where, h, seat, leads, error)
                 raise
             raise
+
+    def _fail_call(
+        self, where: Any, h: int, seat: Seat | None, leads: bool, error: BaseException
+    ) -> None:
+        """Ends a call of `do` with what it raises.
+
+        Args:
+            where: The shard; compiled, its index: to make one may fail, and is tried again here.
+            h: The hash of the key.
+            seat: What the call leads, or was to lead. Compiled, None if nobody has met it.
+            leads: Whether it has begun to lead.
+            error: What was raised.
+        """
+        shard: Shard = self._shard_at(where) if COMPILED else where
+        if seat is not None:
+            self._fail(shard, h, seat, seat[1], error)
+        elif leads and issubclass(type(error), Exception):
+            shard.count_error()
 
     def _fail(self, shard: Shard, h: int, seat: Seat, leader: Any, error: BaseException) -> None:
         """Ends the leader's run with what its function raised, as seen from the caller's frame."""
