@@ -10,14 +10,14 @@
 # nothing is allocated that the garbage collector knows. Without it, a PyMutex is.
 
 from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_DelItem
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject
 
 cdef extern from "Python.h":
     Py_ssize_t Py_SIZE(object) noexcept
 
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport SIZE_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 cdef extern from *:
@@ -31,6 +31,28 @@ cdef extern from *:
     #define shardedflight_lock(mutex) ((void)(mutex))
     #define shardedflight_unlock(mutex) ((void)(mutex))
     #endif
+    /* The one call from C that may lead here again, and again, without a Python frame between. */
+    static PyObject *shardedflight_call(PyObject *function) {
+        PyObject *value;
+        if (Py_EnterRecursiveCall(" while leading")) return NULL;
+        value = PyObject_CallNoArgs(function);
+        Py_LeaveRecursiveCall();
+        return value;
+    }
+    #if defined(_MSC_VER)
+    __declspec(noinline)
+    #else
+    __attribute__((noinline))
+    #endif
+    /* Whether there is room for one call, to clean up with: start_new_thread. CPython counts calls,
+       and measures the stack since 3.14. */
+    static int shardedflight_room(void) {
+        volatile char room[4096];
+        room[0] = 0;
+        if (Py_EnterRecursiveCall(" before leading")) return -1;
+        Py_LeaveRecursiveCall();
+        return 0;
+    }
     #if PY_VERSION_HEX >= 0x030D0000
     #define shardedflight_find PyDict_GetItemRef
     #else
@@ -60,6 +82,9 @@ cdef extern from *:
     void lock "shardedflight_lock" (mutex_t*) noexcept nogil
     void unlock "shardedflight_unlock" (mutex_t*) noexcept nogil
     void defer "shardedflight_defer" (object)
+    object call "shardedflight_call" (object)
+    int need_room "shardedflight_room" () except -1
+    bint is_instance "PyObject_TypeCheck" (object, PyTypeObject*) noexcept
     int dict_find "shardedflight_find" (object, object, PyObject**) except -1
 
 cdef extern from "pythread.h":
@@ -120,12 +145,15 @@ cdef inline size_t stride_of(size_t slots):
 
 cdef inline object make_lines(size_t count):
     """Returns a capsule with as many lines."""
+    if count == 0 or count == SIZE_MAX:  # it has overflowed, or is about to
+        raise MemoryError
     cdef size_t slots = slots_of(count)
     cdef size_t stride = stride_of(slots)
     cdef lines_t* lines = <lines_t*>calloc(1, sizeof(lines_t))
     if lines == NULL:
         raise MemoryError
-    lines.allocated = calloc(1, count * stride + CACHE_LINE)
+    # One line more than are used, to align them. calloc sees to it that the product does not overflow.
+    lines.allocated = calloc(count + 1, stride)
     if lines.allocated == NULL:
         free(lines)
         raise MemoryError
@@ -216,6 +244,13 @@ cdef inline int64_t next_serial() noexcept nogil:
 
 cdef inline uint64_t mixed(Py_hash_t h, int shift) noexcept nogil:
     return (<uint64_t>h * <uint64_t>0x9E3779B97F4A7C15ULL) >> 1 >> shift
+
+
+cdef inline int check_self(Core core) except -1:
+    """Cython does not look at what a method is called with as `self`."""
+    if not is_instance(core, <PyTypeObject*>Core):
+        raise TypeError(f"do needs a flight, not {<object>core!r}: make one by ShardedFlight()")
+    return 0
 
 
 cdef inline size_t index_of(Core core, Py_hash_t h, PyObject* part, PyObject* more) except? -1:
@@ -403,7 +438,7 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
     cdef object found
     cdef thread_t* thread = NULL
     cdef int64_t serial = FREE
-    cdef unsigned long ident
+    cdef unsigned long ident = 0
     cdef slot_t* slot
     cdef PyObject* extra
     cdef int i
@@ -417,7 +452,11 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
             return found
         slot = &line.slot[i]
         # The seat was made in the last round, for the lead that has the slot still.
-        if seat is not None and slot.thread == thread and slot.serial == serial:
+        # Of a thread that has ended another one may have the memory, and counts anew; but nobody
+        # else has the parts, as long as they are held here.
+        if (seat is not None and slot.thread == thread and slot.serial == serial
+                and slot.part == <PyObject*>part and slot.more == <PyObject*>more
+                and thread.ident == ident):
             make_seat(slot, seat)
         if is_made(slot):
             found = <object>slot.part

@@ -70,6 +70,8 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         FULL,
         TAKEN,
         borrow,
+        call,
+        check_self,
         defer,
         get_ident,
         hash_of,
@@ -94,6 +96,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         lines_started,
         make_lines,
         mixed,
+        need_room,
         next_serial,
         peek,
         slots_of,
@@ -778,12 +781,13 @@ class Core:
         #: By how much a mixed hash is shifted to be an index; one bit less, for a shift by all of
         #: an int's bits is not defined in C.
         self._shift = 63 - self._mask.bit_length()
-        #: Compiled, in a forked child: the memory in which its parent's executions may still end.
-        self._old_memory: Any = None
         self._make_shards()
 
     def _make_shards(self) -> None:
         if COMPILED:
+            # Those that run now end in the memory in which they have begun: in a forked child, or
+            # when a subclass calls __init__ again.
+            self._old_memory = (self._memory, self._old_memory)
             self._memory = make_lines(self._mask + 1)
             self._lines = line_at(self._memory, 0)
             self._stride = stride_of(slots_of(self._mask + 1))
@@ -857,6 +861,8 @@ class Core:
         May be called from any thread. On a thread with a running event loop it stops that loop for
         as long as it takes.
         """
+        if COMPILED:
+            check_self(self)
         if timeout is not None:
             check_timeout(timeout)
         if self._build_key is not None:
@@ -875,6 +881,7 @@ class Core:
             h = hash_of_call(first, rest)
             index = index_of(self, h, first, rest)
             line = line_in(self, index)
+            need_room()
         else:
             h = hash(key)
             seat = (key, get_ident())
@@ -896,7 +903,7 @@ class Core:
             if leads:
                 if not COMPILED:
                     next(shard.started)
-                value = fn()
+                value = call(fn) if COMPILED else fn()
                 if type(value) is CoroutineType:
                     if COMPILED:
                         if seat is NO_SEAT:
@@ -1019,7 +1026,6 @@ class Core:
             shard.orphan()
         if COMPILED:  # the one that called fork may be inside a leader's function
             lines_orphan(self._memory)
-            self._old_memory = (self._memory, self._old_memory)
         self._make_shards()
 
 
