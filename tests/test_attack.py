@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 import threading
-from functools import partial
+import weakref
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
 from support import PATIENCE, eventually, spawn
 
+import shardedflight
 from shardedflight import ShardedFlight
 
 
@@ -72,9 +74,9 @@ def test_do_on_what_is_no_flight_is_an_error(self: str) -> None:
 def test_initialising_a_flight_again_lets_those_in_flight_end() -> None:
     code = """
         import gc
-        flight = ShardedFlight(1024)
+        flight = ShardedFlight(4096)
         def function():
-            flight.__init__(1024)
+            flight.__init__(4096)
             gc.collect()
             return [bytearray(1024) for _ in range(1000)]
         flight.do(function, "k")
@@ -183,8 +185,6 @@ def test_calls_without_a_python_frame_between_find_the_end_of_the_stack() -> Non
     assert run(code) == "refused\n"
 
 
-
-
 def test_what_is_beside_its_place_comes_and_goes_while_others_look() -> None:
     """Free-threaded: what is read of a dict without the lock may be gone before it is held."""
     code = """
@@ -214,3 +214,26 @@ def test_what_is_beside_its_place_comes_and_goes_while_others_look() -> None:
         print(flight.in_flight())
     """
     assert run(code) == "0\n"
+
+
+class Never(Executor):
+    """Runs nothing, and is dropped with what it was given."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        self.kept = fn
+        return Future()
+
+
+@pytest.mark.xfail(
+    shardedflight.__compiled__,
+    strict=True,
+    reason="the garbage collector does not see the seats that a line of memory holds",
+)
+def test_a_flight_is_collected_with_an_execution_that_will_never_run() -> None:
+    """Flight, seat and future hold each other, and nobody else holds any of them."""
+    flight = ShardedFlight(executor=Never())
+    future = flight.do_future(int, "k")
+    gone = [weakref.ref(flight), weakref.ref(future)]
+    del flight, future
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]

@@ -267,6 +267,11 @@ cdef inline line_t* line_in(Core core, size_t index) except NULL:
     return <line_t*>(<char*>core._lines + index * core._stride)
 
 
+cdef inline bint is_line(Core core, size_t index, line_t* line) noexcept:
+    """Whether the line is still the flight's: it has others in a forked child."""
+    return <char*>core._lines + index * core._stride == <char*>line
+
+
 cdef inline object key_of_two(PyObject* part, PyObject* more):
     """As `key_of`; `more` is a tuple, or NULL."""
     if more != NULL and Py_SIZE(<object>more):

@@ -77,6 +77,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         hash_of,
         hash_of_call,
         index_of,
+        is_line,
         line_at,
         line_claim,
         line_claim_more,
@@ -931,7 +932,7 @@ class Core:
         except BaseException as error:
             leads = True
             if COMPILED:
-                leads = slot >= 0
+                leads = slot >= 0 and is_line(self, index, line)
                 if seat is NO_SEAT:
                     seat = line_leave(line, slot)
             where: Any = index if COMPILED else shard
@@ -953,7 +954,7 @@ class Core:
             where: The shard; compiled, its index: to make one may fail, and is tried again here.
             h: The hash of the key.
             seat: What the call leads, or was to lead. Compiled, None if nobody has met it.
-            leads: Whether it has begun to lead.
+            leads: Whether it has begun to lead, in this process.
             error: What was raised.
         """
         shard: Shard = self._shard_at(where) if COMPILED else where

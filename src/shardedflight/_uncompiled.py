@@ -30,6 +30,7 @@ check_self: Any = None
 defer: Any = None
 hash_of_call: Any = None
 index_of: Any = None
+is_line: Any = None
 line_at: Any = None
 line_claim: Any = None
 line_claim_more: Any = None
