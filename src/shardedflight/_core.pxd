@@ -10,14 +10,14 @@
 # nothing is allocated that the garbage collector knows. Without it, a PyMutex is.
 
 from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_DelItem
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject
 
 cdef extern from "Python.h":
     Py_ssize_t Py_SIZE(object) noexcept
 
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport SIZE_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 cdef extern from *:
@@ -30,6 +30,22 @@ cdef extern from *:
     typedef char shardedflight_mutex;
     #define shardedflight_lock(mutex) ((void)(mutex))
     #define shardedflight_unlock(mutex) ((void)(mutex))
+    #endif
+    /* The one call from C that may lead here again, and again, without a Python frame between. */
+    static PyObject *shardedflight_call(PyObject *function) {
+        PyObject *value;
+        if (Py_EnterRecursiveCall(" while leading")) return NULL;
+        value = PyObject_CallNoArgs(function);
+        Py_LeaveRecursiveCall();
+        return value;
+    }
+    #if PY_VERSION_HEX >= 0x030D0000
+    #define shardedflight_find PyDict_GetItemRef
+    #else
+    static int shardedflight_find(PyObject *dict, PyObject *key, PyObject **found) {
+        *found = Py_XNewRef(PyDict_GetItemWithError(dict, key));
+        return *found != NULL ? 1 : PyErr_Occurred() ? -1 : 0;
+    }
     #endif
     #if defined(Py_GIL_DISABLED) && PY_VERSION_HEX >= 0x030E0000
     #define shardedflight_defer(object) PyUnstable_Object_EnableDeferredRefcount(object)
@@ -52,6 +68,9 @@ cdef extern from *:
     void lock "shardedflight_lock" (mutex_t*) noexcept nogil
     void unlock "shardedflight_unlock" (mutex_t*) noexcept nogil
     void defer "shardedflight_defer" (object)
+    object call "shardedflight_call" (object)
+    bint is_instance "PyObject_TypeCheck" (object, PyTypeObject*) noexcept
+    int dict_find "shardedflight_find" (object, object, PyObject**) except -1
 
 cdef extern from "pythread.h":
     unsigned long get_ident "PyThread_get_thread_ident" () noexcept nogil
@@ -111,12 +130,15 @@ cdef inline size_t stride_of(size_t slots):
 
 cdef inline object make_lines(size_t count):
     """Returns a capsule with as many lines."""
+    if count == 0 or count == SIZE_MAX:  # it has overflowed, or is about to
+        raise MemoryError
     cdef size_t slots = slots_of(count)
     cdef size_t stride = stride_of(slots)
     cdef lines_t* lines = <lines_t*>calloc(1, sizeof(lines_t))
     if lines == NULL:
         raise MemoryError
-    lines.allocated = calloc(1, count * stride + CACHE_LINE)
+    # One line more than are used, to align them. calloc sees to it that the product does not overflow.
+    lines.allocated = calloc(count + 1, stride)
     if lines.allocated == NULL:
         free(lines)
         raise MemoryError
@@ -209,13 +231,30 @@ cdef inline uint64_t mixed(Py_hash_t h, int shift) noexcept nogil:
     return (<uint64_t>h * <uint64_t>0x9E3779B97F4A7C15ULL) >> 1 >> shift
 
 
-cdef inline line_t* line_of(Core core, Py_hash_t h, PyObject* part, PyObject* more) except NULL:
-    cdef size_t index = 0
+cdef inline int check_self(Core core) except -1:
+    """Cython does not look at what a method is called with as `self`."""
+    if not is_instance(core, <PyTypeObject*>Core):
+        raise TypeError(f"do needs a flight, not {<object>core!r}: make one by ShardedFlight()")
+    return 0
+
+
+cdef inline size_t index_of(Core core, Py_hash_t h, PyObject* part, PyObject* more) except? -1:
+    """Which line and shard a key is in. Asked once for each call: it may be a hook's answer."""
     if core._hash is not None:
-        index = core._index(key_of_two(part, more), h)
-    elif core._mask:
-        index = mixed(h, core._shift)
+        return core._index(key_of_two(part, more), h)
+    return mixed(h, core._shift) if core._mask else 0
+
+
+cdef inline line_t* line_in(Core core, size_t index) except NULL:
+    if core._memory is None:
+        # A subclass has not called __init__, or the garbage collector has been here.
+        raise RuntimeError("the flight has not been initialised")
     return <line_t*>(<char*>core._lines + index * core._stride)
+
+
+cdef inline bint is_line(Core core, size_t index, line_t* line) noexcept:
+    """Whether the line is still the flight's: it has others in a forked child."""
+    return <char*>core._lines + index * core._stride == <char*>line
 
 
 cdef inline object key_of_two(PyObject* part, PyObject* more):
@@ -327,6 +366,29 @@ cdef inline object line_seat(line_t* line, int i, PyObject* part, PyObject* more
     return seat
 
 
+cdef inline object line_leave(line_t* line, int i):
+    """Gives the slot back if nobody has asked for the seat, or else returns the seat.
+
+    It calls and allocates nothing, so it can not fail: what a slot has borrowed ends with its call.
+    """
+    cdef PyObject* made
+    if i <= LOOK:
+        i = LOOK - i
+    if i < 0 or i >= IN_MORE:
+        return None
+    lock(&line.mutex)
+    made = line.slot[i].part if is_made(&line.slot[i]) else NULL
+    if made == NULL:
+        clear(line, i)
+        unlock(&line.mutex)
+        return None
+    Py_INCREF(<object>made)
+    unlock(&line.mutex)
+    seat = <object>made
+    Py_DECREF(seat)
+    return seat
+
+
 cdef inline void make_seat(slot_t* slot, object seat) noexcept:
     """From now on the slot holds the seat. Under the lock."""
     Py_INCREF(seat)
@@ -366,7 +428,7 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
     cdef object found
     cdef thread_t* thread = NULL
     cdef int64_t serial = FREE
-    cdef unsigned long ident
+    cdef unsigned long ident = 0
     cdef slot_t* slot
     cdef PyObject* extra
     cdef int i
@@ -380,7 +442,11 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
             return found
         slot = &line.slot[i]
         # The seat was made in the last round, for the lead that has the slot still.
-        if seat is not None and slot.thread == thread and slot.serial == serial:
+        # Of a thread that has ended another one may have the memory, and counts anew; but nobody
+        # else has the parts, as long as they are held here.
+        if (seat is not None and slot.thread == thread and slot.serial == serial
+                and slot.part == <PyObject*>part and slot.more == <PyObject*>more
+                and thread.ident == ident):
             make_seat(slot, seat)
         if is_made(slot):
             found = <object>slot.part
@@ -550,6 +616,16 @@ cdef inline object id(object o):
     return <uintptr_t><PyObject*>o
 
 
+cdef inline object peek(dict d, object key):
+    """As `d.get(key)`, which Cython makes a borrowed reference: another thread may drop the item."""
+    cdef PyObject* item
+    cdef object found = None
+    if dict_find(d, key, &item):
+        found = <object>item
+        Py_DECREF(found)
+    return found
+
+
 cdef class Execution:
     cdef public object seat, leader, predecessor, end, value, failure
     cdef public dict waiters
@@ -593,13 +669,13 @@ cdef class Core:
 
     cpdef tuple _place(self, tuple parts)
     cdef object _built(self, object part, tuple more)
-    cdef object _serve(self, Py_hash_t h, object seat, object value)
-    cdef object _refuse(self, Py_hash_t h, object seat, object value)
+    cdef object _serve(self, Shard shard, Py_hash_t h, object seat, object value)
+    cdef object _refuse(self, Shard shard, Py_hash_t h, object seat, object value)
     cdef Shard _shard_of(self, object key, Py_hash_t h)
     cdef Shard _shard_at(self, size_t index)
     cdef object _index(self, object key, Py_hash_t h)
 
 cpdef object key_of(tuple parts)
 
-cdef object end_badly(Core core, Shard shard, Py_hash_t h, object seat, object error)
+cdef object end_badly(Core core, size_t index, Py_hash_t h, object seat, bint led, object error)
 cdef int count_served(dict waiters) except -1

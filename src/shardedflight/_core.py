@@ -71,18 +71,23 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         FULL,
         TAKEN,
         borrow,
+        call,
+        check_self,
         defer,
         get_ident,
         hash_of,
         hash_of_call,
+        index_of,
+        is_line,
         line_at,
         line_claim,
         line_claim_more,
         line_count,
         line_get,
+        line_in,
+        line_leave,
         line_link,
         line_mark,
-        line_of,
         line_release,
         line_seat,
         line_seats,
@@ -94,6 +99,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         make_lines,
         mixed,
         next_serial,
+        peek,
         slots_of,
         stride_of,
     )
@@ -308,6 +314,11 @@ class Shard:
             self._started_reads += 1
             return number + 1 - self._started_reads + self.promotions
 
+    def count_error(self) -> None:
+        """An execution that nobody has met has ended with an exception."""
+        with self.lock:
+            self.errors += 1
+
     def count_timeout(self) -> None:
         """A follower has left after its timeout."""
         with self.lock:
@@ -350,16 +361,16 @@ class Shard:
 
     def record(self, seat: Seat) -> Execution | None:
         """The record of an execution that somebody has met, until it ends."""
-        return self.met.get(id(seat))
+        return peek(self.met, id(seat))
 
     def leader(self, seat: Seat) -> Any:
         """Who leads by now."""
-        record = self.met.get(id(seat))
+        record = peek(self.met, id(seat))
         return seat[1] if record is None else record.leader
 
     def serial(self, seat: Seat) -> int:
         """Compiled: the place of the lead among those of its thread."""
-        record = self.met.get(id(seat))
+        record = peek(self.met, id(seat))
         if record is not None:
             return record.serial
         return seat[2] if len(seat) > 2 else 0
@@ -369,7 +380,7 @@ class Shard:
         head = self.get(h)
         found = [] if head is None else [head]
         if self.overflow:
-            found[:0] = self.overflow.get(h, ())
+            found[:0] = peek(self.overflow, h) or ()
         return found
 
     def executions(self) -> list[tuple[int, Seat]]:
@@ -479,7 +490,7 @@ class Shard:
     def _match(self, h: int, key: Any, head: Seat | None, mine: Seat | None) -> Seat | None:
         """The joinable execution for `key` among those that hold its hash. Runs user code."""
         if self.overflow:
-            for seat in self.overflow.get(h, ()):
+            for seat in peek(self.overflow, h) or ():
                 if seat is not mine and self._matches(seat, key):
                     return seat
         if head is None or head is mine or not self._matches(head, key):
@@ -487,7 +498,7 @@ class Shard:
         return head
 
     def _matches(self, seat: Seat, key: Any) -> bool:
-        record = self.met.get(id(seat))
+        record = peek(self.met, id(seat))
         if record is not None and not record.joinable:
             return False
         return seat[0] is key or bool(seat[0] == key)
@@ -735,31 +746,56 @@ def leader_here() -> tuple[Any, ...]:
     return (get_ident(),)
 
 
-#: Ends for which there was no room left on the stack: what `Core._fail` takes. Usually a new thread
-#: settles them at once. If there was not even room to start one, the next who waits or looks does.
-late: list[tuple[Any, ...]] = []
+#: Ends for which there was no room left on the stack: functions and their arguments. Usually a new
+#: thread settles them at once, or, if there was no room to start one, the next who waits or looks.
+late: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
 
 
 def settle_late() -> None:
     """Settles what is in `late`."""
     while late:
         try:
-            flight, *arguments = late.pop()
+            entry = late.pop()
         except IndexError:  # somebody else was faster
             return
-        flight._fail(*arguments)
+        try:
+            entry[0](*entry[1])
+        except RecursionError:
+            late.append(entry)
+            return
 
 
-def end_badly(core: "Core", shard: Shard, h: int, seat: Seat, error: BaseException) -> None:
+def end_badly(
+    core: "Core", index: int, h: int, seat: Seat | None, led: bool, error: BaseException
+) -> None:
     """As the end of `do` when something was raised, compiled.
 
     No signal handler interrupts there. It is a function because `do` then needs less of a stack.
+
+    Args:
+        core: The flight.
+        index: Of the shard. To make one may fail, and is tried again.
+        h: The hash of the key.
+        seat: What the call leads, or was to lead. None if nobody has met it.
+        led: Whether it has begun to lead, in this process.
+        error: What was raised.
     """
     try:
-        core._fail(shard, h, seat, seat[1], error)
+        settle_badly(core, index, h, seat, led, error)
     except RecursionError:  # no room left on this stack
-        late.append((core, shard, h, seat, seat[1], error))
+        late.append((settle_badly, (core, index, h, seat, led, error)))
         start_new_thread(settle_late, ())
+
+
+def settle_badly(
+    core: "Core", index: int, h: int, seat: Seat | None, led: bool, error: BaseException
+) -> None:
+    """What `end_badly` does where there is room for it."""
+    shard = core._shard_at(index)
+    if seat is not None:
+        core._fail(shard, h, seat, seat[1], error)
+    elif led and issubclass(type(error), Exception):
+        shard.count_error()
 
 
 _making = SteadyLock()
@@ -806,12 +842,13 @@ class Core:
         #: By how much a mixed hash is shifted to be an index; one bit less, for a shift by all of
         #: an int's bits is not defined in C.
         self._shift = 63 - self._mask.bit_length()
-        #: Compiled, in a forked child: the memory in which its parent's executions may still end.
-        self._old_memory: Any = None
         self._make_shards()
 
     def _make_shards(self) -> None:
         if COMPILED:
+            # Those that run now end in the memory in which they have begun: in a forked child, or
+            # when a subclass calls __init__ again.
+            self._old_memory = (self._memory, self._old_memory)  # type: ignore[has-type]
             self._memory = make_lines(self._mask + 1)
             self._lines = line_at(self._memory, 0)
             self._stride = stride_of(slots_of(self._mask + 1))
@@ -841,7 +878,7 @@ class Core:
         index = hook(key)
         if not isinstance(index, int):
             raise TypeError(f"hash must return an int, and returned {index!r} for the key {key!r}")
-        return index & int(self._mask)
+        return int.__and__(index, int(self._mask))  # whatever a subclass makes of &
 
     def _shard_at(self, index: int) -> Shard:
         shard = self._shards[index]
@@ -880,6 +917,8 @@ class Core:
         May be called from any thread. On a thread with a running event loop it stops that loop for
         as long as it takes.
         """
+        if COMPILED:
+            check_self(self)
         if timeout is not None:
             check_timeout(timeout)
         seat: Any
@@ -893,7 +932,8 @@ class Core:
                 key = self._built(part, more)
                 first, rest = borrow(key), borrow(NONE_MORE)
             h = hash_of_call(first, rest)
-            line = line_of(self, h, first, rest)
+            index = index_of(self, h, first, rest)
+            line = line_in(self, index)
         else:
             if self._build_key is None:  # the same as key_of(parts), without the call
                 key = (SEVERAL, part, more) if more else part
@@ -912,38 +952,41 @@ class Core:
                     seat = line_seat(line, slot, first, rest)
                     slot = line_claim_more(line, h, seat)
                 if slot >= 0:
-                    value = fn()
+                    value = call(fn)
                     if type(value) is CoroutineType:
-                        self._refuse(h, seat or line_seat(line, slot, first, rest), value)
+                        seat = seat or line_seat(line, slot, first, rest)
+                        self._refuse(self._shard_at(index), h, seat, value)
                     seat = line_release(line, slot, h, seat)
                     slot = TAKEN
                     if seat is None:
                         return value, False
-                    return self._serve(h, seat, value)
+                    return self._serve(self._shard_at(index), h, seat, value)
                 if seat is None:
                     seat = line_seat(line, slot, first, rest)
+                shard = self._shard_at(index)
             elif shard.table.setdefault(h, seat) is seat and (
                 not shard.overflow or h not in shard.overflow
             ):
                 next(shard.started)
                 value = fn()
                 if type(value) is CoroutineType:
-                    self._refuse(h, seat, value)
+                    self._refuse(shard, h, seat, value)
                 del shard.table[h]
                 if not shard.met:
                     return value, False
-                return self._serve(h, seat, value)
-            return self._follow(self._shard_of(seat[0], h), h, seat, fn, timeout)
+                return self._serve(shard, h, seat, value)
+            return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
             if COMPILED:
+                led = slot >= 0 and is_line(self, index, line)
                 if seat is None:
-                    seat = line_seat(line, slot, first, rest)
-                end_badly(self, self._shard_of(seat[0], h), h, seat, error)
+                    seat = line_leave(line, slot)
+                end_badly(self, index, h, seat, led, error)
                 raise
             try:
                 self._fail(shard, h, seat, seat[1], error)
             except RecursionError:  # no room left on this stack
-                late.append((self, shard, h, seat, seat[1], error))
+                late.append((self._fail, (shard, h, seat, seat[1], error)))
                 start_new_thread(settle_late, ())
             except BaseException:
                 self._fail(shard, h, seat, seat[1], error)
@@ -955,15 +998,14 @@ class Core:
         parts = () if part is NO_PART else (part, *more)
         return cast("Callable[..., Hashable]", self._build_key)(*parts)
 
-    def _serve(self, h: int, seat: Seat, value: T) -> tuple[T, bool]:
+    def _serve(self, shard: Shard, h: int, seat: Seat, value: T) -> tuple[T, bool]:
         """Ends the leader's run with a value that others may want."""
-        shard = self._shard_of(seat[0], h)
         record = self._conclude(shard, h, seat, seat[1], End.VALUE, value)
         return value, record is not None and record.shared
 
-    def _refuse(self, h: int, seat: Seat, value: Any) -> NoReturn:
+    def _refuse(self, shard: Shard, h: int, seat: Seat, value: Any) -> NoReturn:
         """Ends the leader's run, which is its own mistake: its function has made a coroutine."""
-        self._conclude(self._shard_of(seat[0], h), h, seat, seat[1], End.LOST)
+        self._conclude(shard, h, seat, seat[1], End.LOST)
         refuse_coroutine(value)
 
     def _fail(self, shard: Shard, h: int, seat: Seat, leader: Any, error: BaseException) -> None:
@@ -1032,7 +1074,6 @@ class Core:
             shard.orphan()
         if COMPILED:  # the one that called fork may be inside a leader's function
             lines_orphan(self._memory)
-            self._old_memory = (self._memory, self._old_memory)
         self._make_shards()
 
 

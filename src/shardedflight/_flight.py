@@ -220,7 +220,7 @@ class ShardedFlight(Core):
             try:
                 self._fail(shard, h, seat, leader, error)
             except RecursionError:  # see Core.do
-                late.append((self, shard, h, seat, leader, error))
+                late.append((self._fail, (shard, h, seat, leader, error)))
                 start_new_thread(settle_late, ())
             except BaseException:  # interrupted: see Core.do
                 self._fail(shard, h, seat, leader, error)
@@ -357,7 +357,7 @@ class ShardedFlight(Core):
             if isinstance(error, GeneratorExit):  # see do_async
                 self._on_a_thread(self._fail, shard, h, seat, run, error)
             elif isinstance(error, RecursionError):  # see Core.do
-                late.append((self, shard, h, seat, run, error))
+                late.append((self._fail, (shard, h, seat, run, error)))
                 start_new_thread(settle_late, ())
             else:
                 self._fail(shard, h, seat, run, error)
