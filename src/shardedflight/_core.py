@@ -788,8 +788,8 @@ class Core:
         if COMPILED:
             # Those that run now end in the memory in which they have begun: in a forked child, or
             # when a subclass calls __init__ again.
-            self._old_memory = (self._memory, self._old_memory)
-            self._memory = make_lines(self._mask + 1)
+            self._old_memory: Any = (self._memory, self._old_memory)
+            self._memory: Any = make_lines(self._mask + 1)
             self._lines = line_at(self._memory, 0)
             self._stride = stride_of(slots_of(self._mask + 1))
         #: Made when they are first needed, under `_making`.
