@@ -400,8 +400,9 @@ class Shard:
         here. It shall find a lock that nobody holds, and nobody to wake.
         """
         self.lock = make_lock()
-        for record in self.met.values():
-            record.waiters = {}
+        # Not looked into: free-threaded, a thread that is gone may hold a dict's own lock.
+        self.met = {}
+        self.overflow = {}
 
     # -- joining ----------------------------------------------------------------------------------
 
