@@ -401,8 +401,9 @@ class Shard:
         here. It shall find a lock that nobody holds, and nobody to wake.
         """
         self.lock = make_lock()
-        for record in self.met.values():
-            record.waiters = {}
+        # Not looked into: free-threaded, a thread that is gone may hold a dict's own lock.
+        self.met = {}
+        self.overflow = {}
 
     # -- joining ----------------------------------------------------------------------------------
 
@@ -848,8 +849,8 @@ class Core:
         if COMPILED:
             # Those that run now end in the memory in which they have begun: in a forked child, or
             # when a subclass calls __init__ again.
-            self._old_memory = (self._memory, self._old_memory)  # type: ignore[has-type]
-            self._memory = make_lines(self._mask + 1)
+            self._old_memory: Any = (self._memory, self._old_memory)
+            self._memory: Any = make_lines(self._mask + 1)
             self._lines = line_at(self._memory, 0)
             self._stride = stride_of(slots_of(self._mask + 1))
         #: Made when they are first needed, under `_making`.
