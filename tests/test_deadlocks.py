@@ -703,7 +703,9 @@ def test_a_cycle_of_a_thread_and_a_child_task(wait: Wait) -> None:
         assert_clean(flight)
 
 
-@pytest.mark.xfail(reason="a child's wait is looked at when it begins and one round of the loop later")
+@pytest.mark.xfail(
+    reason="a wait is looked at twice: when it begins, and one round of the loop later"
+)
 def test_recursion_through_a_child_that_is_awaited_long_after_it_began_to_wait() -> None:
     """Section 7, sentence 1: "any cycle of keys across threads and tasks"."""
     flight = ShardedFlight()
@@ -819,7 +821,7 @@ def test_a_blocking_call_for_an_execution_of_a_loop_of_its_thread_that_does_not_
 
 
 def test_a_blocking_result_for_an_execution_of_its_own_running_loop() -> None:
-    """Section 7, sentence 2, for the future of `do_future`: it has joined, but is not waited for."""
+    """Section 7, sentence 2, for a future of `do_future`, which may join."""
     flight = ShardedFlight()
 
     async def main() -> Any:
