@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 
+import shardedflight
 from shardedflight import DeadlockError, FlightTimeout, ShardedFlight
 
 KINDS = ("thread", "task", "future")
@@ -373,6 +374,9 @@ def do_inside_do_with_a_follower(flight: ShardedFlight) -> object:
 @pytest.mark.usefixtures("no_collector")
 def test_the_error_goes_when_it_is_dropped(recursion: Callable[[ShardedFlight], object]) -> None:
     """Section 3 for a deadlock: neither it nor a frame that it passed is kept by a cycle."""
+    by_future = recursion in (do_inside_do_future, result_of_do_future_inside_do_future)
+    if by_future and not shardedflight.__compiled__ and sys.version_info < (3, 13):
+        pytest.xfail("the keys are named by frames' f_locals, which the frames keep as they were")
 
     def dropped() -> "weakref.ref[BaseException]":
         try:
