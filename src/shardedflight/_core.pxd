@@ -678,4 +678,7 @@ cdef class Core:
 cpdef object key_of(tuple parts)
 
 cdef object end_badly(Core core, size_t index, Py_hash_t h, object seat, bint led, object error)
+cpdef object settle_badly(
+    Core core, size_t index, Py_hash_t h, object seat, bint led, object error
+)
 cdef int count_served(dict waiters) except -1
