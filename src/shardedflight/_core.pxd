@@ -31,9 +31,18 @@ cdef extern from *:
     #define shardedflight_lock(mutex) ((void)(mutex))
     #define shardedflight_unlock(mutex) ((void)(mutex))
     #endif
-    /* The one call from C that may lead here again, and again, without a Python frame between. */
+    #if defined(_MSC_VER)
+    __declspec(noinline)
+    #else
+    __attribute__((noinline))
+    #endif
+    /* The one call from C that may lead here again, and again, without a Python frame between.
+       CPython counts calls, and measures the stack since 3.14: what the function could not use is
+       room to clean up with, for start_new_thread at least. */
     static PyObject *shardedflight_call(PyObject *function) {
+        volatile char room[4096];
         PyObject *value;
+        room[0] = 0;
         if (Py_EnterRecursiveCall(" while leading")) return NULL;
         value = PyObject_CallNoArgs(function);
         Py_LeaveRecursiveCall();
