@@ -18,7 +18,7 @@ cdef extern from "Python.h":
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport SIZE_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
+from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 
 cdef extern from *:
     """
@@ -124,7 +124,7 @@ ctypedef struct lines_t:
     void* allocated
 
 
-# -- memory -------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 cdef inline size_t slots_of(size_t count):
@@ -143,17 +143,19 @@ cdef inline object make_lines(size_t count):
         raise MemoryError
     cdef size_t slots = slots_of(count)
     cdef size_t stride = stride_of(slots)
-    cdef lines_t* lines = <lines_t*>calloc(1, sizeof(lines_t))
+    cdef lines_t* lines = <lines_t*>PyMem_RawCalloc(1, sizeof(lines_t))
     if lines == NULL:
         raise MemoryError
-    # One line more than are used, to align them. calloc sees to it that the product does not overflow.
-    lines.allocated = calloc(count + 1, stride)
+    # One line more than are used, to align them. A product that overflows is refused by RawCalloc.
+    lines.allocated = PyMem_RawCalloc(count + 1, stride)
     if lines.allocated == NULL:
-        free(lines)
+        PyMem_RawFree(lines)
         raise MemoryError
     lines.count = count
     lines.stride = stride
-    lines.first = <char*>((<uintptr_t>lines.allocated + CACHE_LINE - 1) & ~<uintptr_t>(CACHE_LINE - 1))
+    lines.first = <char*>(
+        (<uintptr_t>lines.allocated + CACHE_LINE - 1) & ~<uintptr_t>(CACHE_LINE - 1)
+    )
     cdef line_t* line
     cdef size_t i, s
     for i in range(count):
@@ -184,8 +186,8 @@ cdef inline void drop_lines(object memory) noexcept:
                 Py_DECREF(<object>line.slot[s].part)
         if line.extras != NULL:
             Py_DECREF(<object>line.extras)
-    free(lines.allocated)
-    free(lines)
+    PyMem_RawFree(lines.allocated)
+    PyMem_RawFree(lines)
 
 
 cdef inline void lines_orphan(object memory):
@@ -199,7 +201,7 @@ cdef inline void lines_orphan(object memory):
             (<char*>mutex)[b] = 0
 
 
-# -- the leader's path ------------------------------------------------------------------------------
+# -- the leader's path -----------------------------------------------------------------------------
 
 
 cdef inline Py_hash_t hash_of(object key) except? -1:
@@ -210,7 +212,9 @@ cdef inline Py_hash_t hash_of(object key) except? -1:
 
 
 cdef inline Py_hash_t hash_of_parts(object part, object more) except? -1:
-    return <Py_hash_t>(<uint64_t>hash(part) * <uint64_t>0x9E3779B97F4A7C15ULL + <uint64_t>hash(more))
+    return <Py_hash_t>(
+        <uint64_t>hash(part) * <uint64_t>0x9E3779B97F4A7C15ULL + <uint64_t>hash(more)
+    )
 
 
 cdef inline PyObject* borrow(object o) noexcept:
@@ -425,7 +429,7 @@ cdef inline object line_release(line_t* line, int i, Py_hash_t h, object seat):
     return seat if met else None
 
 
-# -- the table, as Shard has it ---------------------------------------------------------------------
+# -- the table, as Shard has it --------------------------------------------------------------------
 
 
 cdef inline object line_get(line_t* line, Py_hash_t h):
@@ -580,7 +584,7 @@ cdef inline void line_mark(line_t* line, bint met, bint beside) noexcept nogil:
     unlock(&line.mutex)
 
 
-# -- all lines --------------------------------------------------------------------------------------
+# -- all lines -------------------------------------------------------------------------------------
 
 
 cdef inline int64_t lines_started(object memory):
@@ -616,7 +620,7 @@ cdef inline list lines_running(object memory):
     return running
 
 
-# -- the types of _core.py --------------------------------------------------------------------------
+# -- the types of _core.py -------------------------------------------------------------------------
 
 cdef object NO_PART, SEVERAL, NONE_MORE, CoroutineType
 
@@ -626,7 +630,7 @@ cdef inline object id(object o):
 
 
 cdef inline object peek(dict d, object key):
-    """As `d.get(key)`, which Cython makes a borrowed reference: another thread may drop the item."""
+    """As `d.get(key)`, which Cython borrows from: another thread may drop the item."""
     cdef PyObject* item
     cdef object found = None
     if dict_find(d, key, &item):
