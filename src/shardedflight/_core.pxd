@@ -352,12 +352,24 @@ cdef inline int line_claim(line_t* line, Py_hash_t h, PyObject* part, PyObject* 
 
 cdef inline int line_claim_more(line_t* line, Py_hash_t h, object seat) except? -9:
     """The same for a leader that has found no slot."""
-    if line_link(line, h, seat) is not seat:
-        return TAKEN
-    if line.flags & BESIDE:
-        return LOOK_IN_MORE
-    line_count(line)
-    return IN_MORE
+    cdef object number = h
+    cdef int claimed = IN_MORE
+    if line.extras == NULL:
+        line_add_dict(line)
+    lock(&line.mutex)
+    try:
+        if find(line, h) >= 0 or in_extras(line, number) != NULL:
+            claimed = TAKEN
+        else:
+            PyDict_SetItem(<object>line.extras, number, seat)
+            line.extra += 1
+            if line.flags & BESIDE:
+                claimed = LOOK_IN_MORE
+            else:
+                line.started += 1
+    finally:
+        unlock(&line.mutex)
+    return claimed
 
 
 cdef inline object line_seat(line_t* line, int i, PyObject* part, PyObject* more):
