@@ -836,6 +836,8 @@ class Core:
         hash: Callable[[Any], int] | None,
     ) -> None:
         if COMPILED:
+            # Free-threaded, all threads would count their references to it in one place. So the
+            # collector does, and it is that which frees a flight there.
             defer(self)
         self._build_key = build_key
         self._hash = hash
