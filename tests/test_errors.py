@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import ssl
 import subprocess
+import sys
 import threading
 import traceback
 import types
