@@ -40,12 +40,23 @@ cdef extern from *:
        CPython counts calls, and measures the stack since 3.14: what the function could not use is
        room to clean up with, for start_new_thread at least. */
     static PyObject *shardedflight_call(PyObject *function) {
-        volatile char room[4096];
         PyObject *value;
+    #if PY_VERSION_HEX >= 0x030E0000
+        volatile char room[4096];
         room[0] = 0;
+    #elif PY_VERSION_HEX >= 0x030C0000
+        /* 10,000 calls of C are allowed, and a thread's stack has not room for so many of these. */
         if (Py_EnterRecursiveCall(" while leading")) return NULL;
-        value = PyObject_CallNoArgs(function);
+    #endif
+        if (Py_EnterRecursiveCall(" while leading")) {
+            value = NULL;
+        } else {
+            value = PyObject_CallNoArgs(function);
+            Py_LeaveRecursiveCall();
+        }
+    #if PY_VERSION_HEX >= 0x030C0000 && PY_VERSION_HEX < 0x030E0000
         Py_LeaveRecursiveCall();
+    #endif
         return value;
     }
     #if PY_VERSION_HEX >= 0x030D0000
