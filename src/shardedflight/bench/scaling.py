@@ -148,11 +148,12 @@ def _rate(point: Point, flight: ShardedFlight, seconds: float) -> float:
         once()
         together.wait()
         calls = 0
-        start = perf_counter_ns()
+        start = now = perf_counter_ns()
         end = start + round(seconds * 1e9)
-        while (now := perf_counter_ns()) < end:
+        while not calls or now < end:  # one pass at least, however busy the machine is
             once()
             calls += _KEYS
+            now = perf_counter_ns()
         rates.append(calls / (now - start) * 1e9)
 
     threads = [threading.Thread(target=body, args=(number,)) for number in range(point.threads)]
