@@ -59,6 +59,11 @@ cdef extern from *:
     #endif
         return value;
     }
+    /* As PyObject_TypeCheck, which has to look through the bases even of a ShardedFlight. */
+    #define shardedflight_is_instance(object, type) \
+        (Py_TYPE(object)->tp_base == (type) || PyObject_TypeCheck(object, type))
+    #define shardedflight_take(value) (value)
+    #define shardedflight_nothing() NULL
     #if PY_VERSION_HEX >= 0x030D0000
     #define shardedflight_find PyDict_GetItemRef
     #else
@@ -72,24 +77,29 @@ cdef extern from *:
     #else
     #define shardedflight_defer(object) ((void)(object))
     #endif
-    typedef struct { unsigned long ident; long long leads; } shardedflight_thread;
-    #if defined(_MSC_VER)
-    static __declspec(thread) shardedflight_thread shardedflight_this_thread = {0, 0};
+    /* How many leads there were: those that a thread has at one time are nested in this order.
+       With the GIL one count is enough for all threads. */
+    #if !defined(Py_GIL_DISABLED)
+    static long long shardedflight_leads = 0;
+    #elif defined(_MSC_VER)
+    static __declspec(thread) long long shardedflight_leads = 0;
+    #elif defined(__GLIBC__)
+    static __thread long long shardedflight_leads __attribute__((tls_model("initial-exec"))) = 0;
     #else
-    static __thread shardedflight_thread shardedflight_this_thread = {0, 0};
+    static __thread long long shardedflight_leads = 0;
     #endif
     """
-    ctypedef struct thread_t "shardedflight_thread":
-        unsigned long ident    # 0 until it first leads
-        long long leads        # so far: those that it has at one time are nested in this order
-    thread_t this_thread "shardedflight_this_thread"
+    int64_t leads "shardedflight_leads"
     ctypedef struct mutex_t "shardedflight_mutex":
         pass
     void lock "shardedflight_lock" (mutex_t*) noexcept nogil
     void unlock "shardedflight_unlock" (mutex_t*) noexcept nogil
     void defer "shardedflight_defer" (object)
-    object call "shardedflight_call" (object)
-    bint is_instance "PyObject_TypeCheck" (object, PyTypeObject*) noexcept
+    PyObject* call "shardedflight_call" (object) noexcept  # NULL: it has raised
+    object take "shardedflight_take" (PyObject*)  # what `call` has returned, or has raised
+    PyObject* nothing "shardedflight_nothing" () noexcept
+    bint is_instance "shardedflight_is_instance" (object, PyTypeObject*) noexcept
+    PyTypeObject* type_of "Py_TYPE" (PyObject*) noexcept
     int dict_find "shardedflight_find" (object, object, PyObject**) except -1
 
 cdef extern from "pythread.h":
@@ -115,7 +125,7 @@ ctypedef struct slot_t:
     Py_hash_t h
     PyObject* part         # of the key, and the tuple of `more`; borrowed from the leader's frame.
     PyObject* more         # Once somebody has asked for the seat, `part` is the seat, and owned.
-    thread_t* thread       # the leader's; NULL once `part` is the seat, or if the slot is free
+    unsigned long ident    # of the leader's thread; 0 if `part` is the seat, or the slot is free
     int64_t serial         # of the lead, among those of its thread; FREE: nobody has the slot
 
 ctypedef struct line_t:
@@ -239,16 +249,10 @@ cdef inline Py_hash_t hash_of_call(PyObject* part, PyObject* more) except? -1:
     return hash(<object>part)
 
 
-cdef inline thread_t* thread_here() noexcept nogil:
-    cdef thread_t* thread = &this_thread
-    if thread.ident == 0:
-        thread.ident = get_ident()
-    thread.leads += 1
-    return thread
-
-
 cdef inline int64_t next_serial() noexcept nogil:
-    return thread_here().leads
+    global leads
+    leads += 1
+    return leads
 
 
 cdef inline uint64_t mixed(Py_hash_t h, int shift) noexcept nogil:
@@ -290,7 +294,7 @@ cdef inline object key_of_two(PyObject* part, PyObject* more):
 
 cdef inline bint is_made(slot_t* slot) noexcept nogil:
     """Whether the slot holds a seat. Under the lock."""
-    return slot.thread == NULL and slot.serial != FREE
+    return slot.ident == 0 and slot.serial != FREE
 
 
 cdef inline int find(line_t* line, Py_hash_t h) noexcept nogil:
@@ -305,7 +309,7 @@ cdef inline int find(line_t* line, Py_hash_t h) noexcept nogil:
 cdef inline void clear(line_t* line, int i) noexcept nogil:
     """Under the lock. The seat, if the slot has one, is its caller's now."""
     line.slot[i].serial = FREE
-    line.slot[i].thread = NULL
+    line.slot[i].ident = 0
     if i == line.top - 1:
         line.top -= 1
         while line.top > 0 and line.slot[line.top - 1].serial == FREE:
@@ -333,7 +337,6 @@ cdef inline int line_claim(line_t* line, Py_hash_t h, PyObject* part, PyObject* 
     """Takes a slot for a leader on this thread, and counts its execution."""
     cdef int i
     cdef slot_t* slot
-    cdef thread_t* thread = thread_here()
     cdef object number = None
     lock(&line.mutex)
     while line.extra and number is None:
@@ -351,8 +354,8 @@ cdef inline int line_claim(line_t* line, Py_hash_t h, PyObject* part, PyObject* 
     slot.h = h
     slot.part = part
     slot.more = more
-    slot.thread = thread
-    slot.serial = thread.leads
+    slot.ident = get_ident()
+    slot.serial = next_serial()
     if line.flags & BESIDE:
         i = LOOK - i
     else:
@@ -430,7 +433,20 @@ cdef inline void make_seat(slot_t* slot, object seat) noexcept:
     Py_INCREF(seat)
     slot.part = <PyObject*>seat
     slot.more = NULL
-    slot.thread = NULL
+    slot.ident = 0
+
+
+cdef inline bint line_pass(line_t* line, int i, PyObject* value) noexcept:
+    """Gives the slot back if `value` is all there is to return: nobody has asked for the seat."""
+    if value == NULL or type_of(value) == <PyTypeObject*>CoroutineType:
+        return False
+    lock(&line.mutex)
+    if line.slot[i].ident == 0:
+        unlock(&line.mutex)
+        return False
+    clear(line, i)
+    unlock(&line.mutex)
+    return True
 
 
 cdef inline object line_release(line_t* line, int i, Py_hash_t h, object seat):
@@ -441,7 +457,7 @@ cdef inline object line_release(line_t* line, int i, Py_hash_t h, object seat):
         line_unlink(line, h, seat)
         return seat if line.flags & MET else None
     lock(&line.mutex)
-    made = line.slot[i].part if line.slot[i].thread == NULL else NULL
+    made = line.slot[i].part if line.slot[i].ident == 0 else NULL
     met = line.flags & MET
     clear(line, i)
     unlock(&line.mutex)
@@ -462,7 +478,6 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
     cdef object part = None
     cdef object more = None
     cdef object found
-    cdef thread_t* thread = NULL
     cdef int64_t serial = FREE
     cdef unsigned long ident = 0
     cdef slot_t* slot
@@ -478,11 +493,10 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
             return found
         slot = &line.slot[i]
         # The seat was made in the last round, for the lead that has the slot still.
-        # Of a thread that has ended another one may have the memory, and counts anew; but nobody
+        # Of a thread that has ended another one may have the ident, and counts anew; but nobody
         # else has the parts, as long as they are held here.
-        if (seat is not None and slot.thread == thread and slot.serial == serial
-                and slot.part == <PyObject*>part and slot.more == <PyObject*>more
-                and thread.ident == ident):
+        if (seat is not None and slot.ident == ident and slot.serial == serial
+                and slot.part == <PyObject*>part and slot.more == <PyObject*>more):
             make_seat(slot, seat)
         if is_made(slot):
             found = <object>slot.part
@@ -490,9 +504,8 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
             return found
         part = <object>slot.part
         more = <object>slot.more
-        thread = slot.thread
         serial = slot.serial
-        ident = thread.ident
+        ident = slot.ident
         unlock(&line.mutex)
         seat = (key_of_two(<PyObject*>part, <PyObject*>more), ident, serial)
 

@@ -88,6 +88,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         line_leave,
         line_link,
         line_mark,
+        line_pass,
         line_release,
         line_seat,
         line_seats,
@@ -99,9 +100,11 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         make_lines,
         mixed,
         next_serial,
+        nothing,
         peek,
         slots_of,
         stride_of,
+        take,
     )
 
 __all__ = ["Core", "End", "Execution", "Run", "Shard", "check_timeout", "compiled", "public_key"]
@@ -238,6 +241,8 @@ class Shard:
         "_memory",
         "_started_reads",
         "abandoned",
+        "any_beside",
+        "any_met",
         "deadlocks",
         "errors",
         "forgotten",
@@ -266,6 +271,8 @@ class Shard:
             self._line = line_at(memory, index)
         else:
             self.table: dict[int, Seat] = {}
+            #: Whether `met` and `overflow` have anything: see `_mark`.
+            self.any_met = self.any_beside = False
             #: Counts executions: `next` is atomic, where `+= 1` on an attribute would lose some.
             self.started = itertools.count()
             self._started_reads = 0
@@ -333,6 +340,9 @@ class Shard:
         """Shows to the leaders' path whether `met` and `overflow` have anything. Under the lock."""
         if COMPILED:
             line_mark(self._line, bool(self.met), bool(self.overflow))
+        else:
+            self.any_met = bool(self.met)
+            self.any_beside = bool(self.overflow)
 
     def _fence(self) -> None:
         """Orders what was written before it against all operations on the table."""
@@ -920,15 +930,11 @@ class Core:
         May be called from any thread. On a thread with a running event loop it stops that loop for
         as long as it takes.
         """
-        if COMPILED:
-            check_self(self)
         if timeout is not None:
             check_timeout(timeout)
-        seat: Any
         if COMPILED:
+            check_self(self)
             # The seat is a slot in the line. Key and seat are made only if somebody meets it.
-            seat = None
-            slot = TAKEN
             if self._build_key is None:
                 first, rest = borrow(part), borrow(more)
             else:
@@ -937,25 +943,22 @@ class Core:
             h = hash_of_call(first, rest)
             index = index_of(self, h, first, rest)
             line = line_in(self, index)
-        else:
-            if self._build_key is None:  # the same as key_of(parts), without the call
-                key = (SEVERAL, part, more) if more else part
-            else:
-                key = self._built(part, more)
-            h = hash(key)
-            seat = (key, get_ident())
-            shard = self._single or self._shard_of(key, h)
-        # CPython runs signal handlers at calls, and what they raise can strike at every call below.
-        # So all of them, from the link on, are inside of one try, and the clean-up is made of steps
-        # that may be done twice, and is done again when it is itself interrupted.
-        try:
-            if COMPILED:
-                slot = line_claim(line, h, first, rest)
+            slot = line_claim(line, h, first, rest)
+            result = nothing()
+            if slot >= 0:
+                result = call(fn)
+                if line_pass(line, slot, result):
+                    return take(result), False
+            # Until here no step could fail or be interrupted but the function itself.
+            seat: Any = None
+            try:
                 if slot == FULL:
                     seat = line_seat(line, slot, first, rest)
                     slot = line_claim_more(line, h, seat)
+                    if slot >= 0:
+                        result = call(fn)
                 if slot >= 0:
-                    value = call(fn)
+                    value = take(result)
                     if type(value) is CoroutineType:
                         seat = seat or line_seat(line, slot, first, rest)
                         self._refuse(self._shard_at(index), h, seat, value)
@@ -966,26 +969,40 @@ class Core:
                     return self._serve(self._shard_at(index), h, seat, value)
                 if seat is None:
                     seat = line_seat(line, slot, first, rest)
-                shard = self._shard_at(index)
-            elif shard.table.setdefault(h, seat) is seat and (
-                not shard.overflow or h not in shard.overflow
+                return self._follow(self._shard_at(index), h, seat, fn, timeout)
+            except BaseException as error:
+                led = slot >= 0 and is_line(self, index, line)
+                if seat is None:
+                    seat = line_leave(line, slot)
+                end_badly(self, index, h, seat, led, error)
+                raise
+        if self._build_key is None:  # the same as key_of(parts), without the call
+            key = (SEVERAL, part, more) if more else part
+        else:
+            key = self._built(part, more)
+        h = hash(key)
+        seat = (key, get_ident())
+        shard = self._single
+        if shard is None:
+            index = self._index(key, h)
+            shard = self._shards[index] or self._shard_at(index)
+        # CPython runs signal handlers at calls, and what they raise can strike at every call below.
+        # So all of them, from the link on, are inside of one try, and the clean-up is made of steps
+        # that may be done twice, and is done again when it is itself interrupted.
+        try:
+            if shard.table.setdefault(h, seat) is seat and (
+                not shard.any_beside or h not in shard.overflow
             ):
                 next(shard.started)
                 value = fn()
                 if type(value) is CoroutineType:
                     self._refuse(shard, h, seat, value)
                 del shard.table[h]
-                if not shard.met:
+                if not shard.any_met:
                     return value, False
                 return self._serve(shard, h, seat, value)
             return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
-            if COMPILED:
-                led = slot >= 0 and is_line(self, index, line)
-                if seat is None:
-                    seat = line_leave(line, slot)
-                end_badly(self, index, h, seat, led, error)
-                raise
             try:
                 self._fail(shard, h, seat, seat[1], error)
             except RecursionError:  # no room left on this stack
