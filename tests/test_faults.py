@@ -255,6 +255,40 @@ def test_joining_a_run_that_gathers_many_keys_takes_one_walk() -> None:
     assert steps < 100 * count
 
 
+def test_a_follower_whose_task_stops_the_loop_keeps_nobody_from_waking() -> None:
+    """Followers of one loop are woken in one callback, out of which KeyboardInterrupt comes."""
+    flight = ShardedFlight()
+    loop = asyncio.new_event_loop()
+    gate = loop.create_future()
+    served: list[int] = []
+
+    async def fn() -> int:
+        return await gate
+
+    async def follow(number: int) -> None:
+        await flight.do_async(fn, "k")
+        served.append(number)
+        if number == 1:
+            raise KeyboardInterrupt
+
+    async def ask() -> None:
+        tasks.append(loop.create_task(flight.do_async(fn, "k")))
+        await asyncio.sleep(0)
+        tasks.extend(loop.create_task(follow(number)) for number in range(4))
+        await asyncio.sleep(0)
+        gate.set_result(7)
+
+    tasks: list[asyncio.Task[Any]] = []
+    loop.run_until_complete(ask())
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(asyncio.wait(tasks))
+    assert served == [0, 1]
+    loop.run_until_complete(asyncio.wait(tasks))
+    assert served == [0, 1, 2, 3]
+    assert isinstance(tasks[2].exception(), KeyboardInterrupt)
+    loop.close()
+
+
 def test_flights_may_come_and_go_while_a_loop_is_closed() -> None:
     """Section 4: "a loop closed under its task" hands over however busy the process is."""
     stop = threading.Event()

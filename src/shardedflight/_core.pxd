@@ -695,6 +695,9 @@ cdef class Shard:
     cpdef object link(self, Py_hash_t h, object seat)
     cpdef bint unlink(self, Py_hash_t h, object seat) except -1
     cpdef object count(self)
+    cpdef bint taken(self, Py_hash_t h) except -1
+    cpdef bint claim(self, Py_hash_t h, object seat) except -1
+    cpdef bint release(self, Py_hash_t h, object seat) except -1
     cpdef object follow(self, Py_hash_t h, object key, object waiter, object loop)
     cdef object _mark(self)
     cdef object _fence(self)
@@ -717,6 +720,7 @@ cdef class Core:
     cdef public object _shards, _single
 
     cpdef tuple _place(self, tuple parts)
+    cpdef tuple _look(self, tuple parts)
     cdef object _built(self, object part, tuple more)
     cdef object _serve(self, Shard shard, Py_hash_t h, object seat, object value)
     cdef object _refuse(self, Shard shard, Py_hash_t h, object seat, object value)

@@ -876,6 +876,13 @@ class Core:
         h = hash_of(key)
         return key, h, self._shard_of(key, h)
 
+    def _look(self, parts: tuple[Any, ...]) -> tuple[Any, int, Shard, bool]:
+        """The same, and whether anybody leads for a key with this hash."""
+        key = key_of(parts) if self._build_key is None else self._build_key(*parts)
+        h = hash_of(key)
+        shard = self._shard_of(key, h)
+        return key, h, shard, shard.taken(h)
+
     def _shard_of(self, key: Any, h: int) -> Shard:
         return self._single or self._shard_at(self._index(key, h))
 

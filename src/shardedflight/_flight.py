@@ -41,11 +41,11 @@ from ._waiting import (
     TAKE_OVER,
     LoopRun,
     Sleeper,
+    future_makers,
     loop_of,
     offer,
     wake_all,
     watch_loop,
-    watched_loops,
 )
 from .exceptions import FlightTimeout, InvalidShardsError
 
@@ -59,8 +59,10 @@ V = TypeVar("V")
 _SHARDS_FREE_THREADED = 512
 _SHARDS_GIL = 1
 
-# asyncio.Task can run a coroutine's first step at once since Python 3.12.
-_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+#: Makes a task and runs its coroutine's first step at once; Python 3.12 and later.
+_begin_task: Any = None
+if sys.version_info >= (3, 12):
+    _begin_task = partial[Any](Task, eager_start=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -251,26 +253,24 @@ class ShardedFlight(Core):
             TypeError: The key is not hashable, a hook returned what it must not, or `fn` returned
                 something that can not be awaited: use `do`.
         """
-        key, h, shard = self._place(parts)
+        key, h, shard, taken = self._look(parts)
         loop = get_running_loop()
         seat: Seat | None = None
         record: Execution | None = None
         run: LoopRun | None = None
         waiter: asyncio.Future[Any] | None = None
         try:
-            if shard.taken(h):
-                waiter = loop.create_future()
+            if taken:
+                waiter = (future_makers.get(id(loop)) or self._watch(loop))()
                 record = shard.follow(h, key, waiter, loop)
             if record is None:
                 run = LoopRun(loop)
                 seat = (key, run)
                 if not shard.claim(h, seat):
-                    waiter = waiter or loop.create_future()
+                    waiter = (future_makers.get(id(loop)) or self._watch(loop))()
                     record = shard.join(h, seat, waiter, loop)
             if record is not None:
                 assert waiter is not None
-                if id(loop) not in watched_loops:
-                    watch_loop(loop, _loop_closed)
                 if current_run.get() is not None or record.leader == get_ident():
                     begin_wait(shard, (record,), waiter)
                     try:
@@ -289,20 +289,19 @@ class ShardedFlight(Core):
             assert seat is not None
             self._start(run, self._run(run, shard, h, seat, fn))
             if not run.done:
-                run.bell = loop.create_future()
-                if id(loop) not in watched_loops:
-                    watch_loop(loop, _loop_closed)
+                bell = run.bell = (future_makers.get(id(loop)) or self._watch(loop))()
                 if current_run.get() is not None:
-                    begin_wait(shard, shard.running_as(h, seat), run.bell)
+                    begin_wait(shard, shard.running_as(h, seat), bell)
                     try:
-                        await run.bell
+                        await bell
                     finally:
-                        end_wait(run.bell)
+                        end_wait(bell)
                 else:
-                    await run.bell
+                    await bell
             if run.error is None:  # as outcome() does, without the call
-                value, run.value = run.value, None
-                return value, run.shared
+                result, run.result = run.result, None
+                assert result is not None
+                return result
             return run.outcome()
         except GeneratorExit:
             # The coroutine is closed, perhaps by the garbage collector, at any point of any
@@ -318,16 +317,16 @@ class ShardedFlight(Core):
     def _start(self, run: LoopRun, coroutine: Coroutine[Any, Any, None]) -> None:
         """Runs `coroutine`, a run's, in a task; its first step at once where possible."""
         loop = run.loop
-        if _EAGER and loop.get_task_factory() is None:
-            task: asyncio.Task[None] = Task(coroutine, loop=loop, **_EAGER)
+        if _begin_task is not None and loop.get_task_factory() is None:
+            _begin_task(coroutine, loop=loop)
         else:
             # A task that is cancelled before its first step runs nothing, no `finally` either. So
             # the coroutine is brought into its `try` here.
             run.paused = True
             coroutine.send(None)
             task = loop.create_task(coroutine)
-        if not run.done:
-            run.task = task
+            if not run.done:  # as a task factory of the user's may have it
+                run.task = task
 
     async def _run(
         self,
@@ -348,10 +347,11 @@ class ShardedFlight(Core):
                 self._conclude(shard, h, seat, run, End.LOST)
                 return
             value = await awaitable  # pyright: ignore[reportUnknownVariableType]
-            run.value = value
-            if not shard.release(h, seat):
+            if shard.release(h, seat):
+                run.result = value, False
+            else:
                 record = self._conclude(shard, h, seat, run, End.VALUE, value)
-                run.shared = record is not None and record.shared
+                run.result = value, record is not None and record.shared
         except BaseException as error:
             run.error = error
             if isinstance(error, GeneratorExit):  # see do_async
@@ -585,8 +585,8 @@ class ShardedFlight(Core):
             if loop is not None and loop.is_closed():
                 self._conclude(shard, h, seat, leader, End.LOST)
 
-    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        watch_loop(loop, _loop_closed)
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> "Callable[[], asyncio.Future[Any]]":
+        return watch_loop(loop, _loop_closed)
 
     def _on_a_thread(self, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the interpreter is going down

@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import threading
 from _thread import allocate_lock, start_new_thread
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from ._core import End, Execution, Run
 
@@ -23,11 +23,11 @@ __all__ = [
     "LoopRun",
     "Sleeper",
     "Waiter",
+    "future_makers",
     "loop_of",
     "offer",
     "wake_all",
     "watch_loop",
-    "watched_loops",
 ]
 
 # -- sleeping and waking --------------------------------------------------------------------------
@@ -115,57 +115,80 @@ class Inbox(Waiter):
         return self._bell
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> bool:
-    """Calls back in `loop`: at once if this is its thread. False if the loop is closed."""
-    if asyncio._get_running_loop() is loop:
-        callback(*args)
-        return True
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> bool:
+    """Calls back in `loop`, later. False if it is closed."""
+    here = asyncio._get_running_loop() is loop
     try:
-        loop.call_soon_threadsafe(callback, *args)
+        (loop.call_soon if here else loop.call_soon_threadsafe)(callback, *args)
     except RuntimeError:
         return False
     return True
 
 
+def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> bool:
+    """Calls back in `loop`: at once if this is its thread. False if the loop is closed."""
+    if asyncio._get_running_loop() is loop:
+        callback(*args)
+        return True
+    return _call_soon(loop, callback, *args)
+
+
 def wake_all(execution: Execution) -> None:
-    """Wakes all who wait for an execution that has ended; one call for each foreign loop."""
-    here = asyncio._get_running_loop()
-    elsewhere: dict[asyncio.AbstractEventLoop, list[asyncio.Future[Any]]] = {}
+    """Wakes all who wait for an execution that has ended; one call in each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[Any]]] = {}
+    loop: asyncio.AbstractEventLoop | None = None
+    futures: list[asyncio.Future[Any]] = []
     first_error: BaseException | None = None
-    failed: list[Any] = []
-    # One tuple for all coroutines; None: each makes its own exception.
-    answer = (execution.value, execution.shared) if execution.end is End.VALUE else None
-    for waiter, loop in (execution.waiters or {}).items():
+    failed: list[Waiter] = []
+    for waiter, its_loop in (execution.waiters or {}).items():
+        if its_loop is not None:
+            if its_loop is not loop:
+                loop = its_loop
+                futures = by_loop.setdefault(its_loop, [])
+            futures.append(waiter)
+            continue
         try:
-            if loop is None:
-                waiter.wake(execution)
-            elif loop is here:
-                waiter.set_result(answer)
-            else:
-                elsewhere.setdefault(loop, []).append(waiter)
-        except asyncio.InvalidStateError:
-            pass  # its caller was cancelled, or it is told twice
+            waiter.wake(execution)
         except BaseException as error:  # a callback's of a future, or a signal handler's
             failed.append(waiter)
             if first_error is None:
                 first_error = error
-    for loop, futures in elsewhere.items():
-        _call_in(loop, _wake_futures, futures, answer)
+    # One tuple for all coroutines; None: each makes its own exception.
+    answer = (execution.value, execution.shared) if execution.end is End.VALUE else None
+    for loop, futures in by_loop.items():
+        _call_soon(loop, _wake_futures, iter(futures), answer)
     # A callback is not called twice, and a signal handler seldom interrupts twice.
     for waiter in failed:
-        if isinstance(waiter, Waiter):
-            waiter.wake(execution)
-        else:
-            _call_in(waiter.get_loop(), _wake_futures, [waiter], answer)
+        waiter.wake(execution)
     execution.waiters = {}  # they hold the execution, too
     if first_error is not None:
         raise first_error
 
 
-def _wake_futures(futures: "list[asyncio.Future[Any]]", answer: tuple[Any, bool] | None) -> None:
+def _wake_futures(
+    futures: "Iterator[asyncio.Future[Any]]", answer: tuple[Any, bool] | None
+) -> None:
+    """Wakes coroutines, in a callback of their loop: what waits for a future is called here.
+
+    A future's own way is one callback in the loop for each who waits, which costs more than all
+    else about a follower.
+    """
     for future in futures:
-        if not future.done():
+        if future.done():  # its caller was cancelled, or it is told twice
+            continue
+        # asyncio's own name for those who wait, each with its context: here the caller's task.
+        waiting = getattr(future, "_callbacks", None)
+        if waiting is None or len(waiting) != 1:
             future.set_result(answer)
+            continue
+        ((callback, context),) = waiting
+        future.remove_done_callback(callback)
+        future.set_result(answer)
+        try:
+            context.run(callback, future)
+        except BaseException:  # KeyboardInterrupt, which a task lets through: see asyncio.Handle
+            future.get_loop().call_soon(_wake_futures, futures, answer)
+            raise
 
 
 def offer(execution: Execution, heir: Any, refused: Callable[[], object]) -> bool:
@@ -213,10 +236,9 @@ class LoopRun(Run):
         "loop",
         "paused",
         "pending",
-        "shared",
+        "result",
         "task",
         "thread",
-        "value",
         "waits",
     )
 
@@ -229,10 +251,9 @@ class LoopRun(Run):
         self.paused = False
         #: What the leader's own caller sleeps on; made only if the task suspends.
         self.bell: asyncio.Future[None] | None = None
-        #: The outcome, for the leader's own caller.
+        #: The outcome for the leader's own caller: value and whether it was shared, or an error.
         self.done = False
-        self.value: Any = None
-        self.shared = False
+        self.result: tuple[Any, bool] | None = None
         self.error: BaseException | None = None
         #: Of a run for many keys: the executions that somebody still wants, by their seats' ids.
         self.pending: set[int] | None = None
@@ -256,10 +277,10 @@ class LoopRun(Run):
     def outcome(self) -> tuple[Any, bool]:
         """The outcome for the leader's own caller: the original exception, not a replica."""
         # Contexts that outlive the task may hold this run: it keeps nothing for them.
-        value, self.value = self.value, None
+        result, self.result = self.result, None
         error, self.error = self.error, None
         if error is None:
-            return value, self.shared
+            return cast("tuple[Any, bool]", result)
         try:
             raise error
         finally:
@@ -289,20 +310,34 @@ def loop_of(leader: Any) -> asyncio.AbstractEventLoop | None:
     return None
 
 
-#: The ids of the loops that are watched; a loop's id is taken out when it is closed or dropped.
-watched_loops: set[int] = set()
+#: What makes a future of each loop that is watched, by the loop's id, which is taken out when it is
+#: closed or dropped.
+future_makers: "dict[int, Callable[[], asyncio.Future[Any]]]" = {}
 
 
-def watch_loop(loop: asyncio.AbstractEventLoop, closed: Callable[[], None]) -> None:
+def watch_loop(
+    loop: asyncio.AbstractEventLoop, closed: Callable[[], None]
+) -> "Callable[[], asyncio.Future[Any]]":
     """Has `closed` called, once and on a thread of its own, when `loop` is closed or dropped.
 
     A loop that is closed under its tasks tells nobody. But it drops what was scheduled; so a timer
     that never fires holds the one reference to an object whose end is the news. On a thread of its
     own, because an object's end can come at any point of any thread, under a lock as well.
+
+    Returns:
+        What makes a future of the running loop, if that is `loop`.
     """
-    if id(loop) not in watched_loops:
-        watched_loops.add(id(loop))
+    maker = future_makers.get(id(loop))
+    if maker is None:
+        # The class finds the running loop by itself, in less time than the loop's method takes.
+        plain = type(loop).create_future is asyncio.BaseEventLoop.create_future
+        maker = future_makers[id(loop)] = asyncio.Future if plain else _make_future
         _Canary(id(loop), closed).sit(loop)
+    return maker
+
+
+def _make_future() -> "asyncio.Future[Any]":
+    return asyncio.get_running_loop().create_future()
 
 
 class _Canary:
@@ -317,6 +352,6 @@ class _Canary:
         loop.call_later(86_400.0, self.sit, loop)
 
     def __del__(self) -> None:
-        watched_loops.discard(self._loop_id)
+        future_makers.pop(self._loop_id, None)
         with contextlib.suppress(RuntimeError):  # the interpreter is going down
             start_new_thread(self._closed, ())
