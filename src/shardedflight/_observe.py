@@ -179,17 +179,23 @@ class Observer(Protocol):
     that one raises is logged (the first of each observer) and counted, and reaches no caller.
     """
 
+    # To type checkers a Protocol's method without a statement is abstract, hence the `return`.
+
     def execution_started(self, event: Started, /) -> None:
         """A leader's function is about to run, here."""
+        return
 
     def execution_ended(self, event: Ended, /) -> None:
         """A leader's function has run; those who wait for it will be told next."""
+        return
 
     def follower_joined(self, event: Joined, /) -> None:
         """A follower is about to wait."""
+        return
 
     def follower_left(self, event: Left, /) -> None:
         """A follower has its outcome, takes over, or goes without one."""
+        return
 
 
 def check_observer(observer: object) -> None:
