@@ -43,7 +43,6 @@ from ._observe import (
     Departure,
     Observer,
     Subscription,
-    Visit,
     WatchedSeat,
     check_observer,
     departure_from,
@@ -197,21 +196,19 @@ class ShardedFlight(Core):
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
         record: Execution | None = None
-        visit: Visit | None = None
         try:
             refuse_coroutine_function(fn)
             record = shard.join(h, seat, sleeper, None)
             if record is not None:
                 if isinstance(record.seat, WatchedSeat):
-                    visit = Visit(record.seat.execution)
-                    visit.begin()
+                    record.seat.join(sleeper)
                 begin_wait(shard, (record,))
                 try:
                     if not sleeper.sleep(timeout):
                         if self._leave(shard, record, sleeper):
                             shard.count_timeout()
-                            if visit is not None:
-                                visit.end(Departure.TIMED_OUT)
+                            if isinstance(record.seat, WatchedSeat):
+                                record.seat.leave(sleeper, Departure.TIMED_OUT)
                             raise FlightTimeout(
                                 f"waited {timeout} s for the execution of {record.key!r}"
                             )
@@ -219,15 +216,15 @@ class ShardedFlight(Core):
                 finally:
                     end_wait()
                 promoted = sleeper.news[0][1]
-                if visit is not None:
-                    visit.end(Departure.TOOK_OVER if promoted else departure_from(record))
+                if isinstance(record.seat, WatchedSeat):
+                    record.seat.leave(sleeper, departure_from(record, promoted))
                 if not promoted:
                     return record.outcome()
         except BaseException:
             try:
-                self._stop_following(shard, h, seat, sleeper, record, visit)
+                self._stop_following(shard, h, seat, sleeper, record)
             except BaseException:  # interrupted: see Core.do
-                self._stop_following(shard, h, seat, sleeper, record, visit)
+                self._stop_following(shard, h, seat, sleeper, record)
                 raise
             finally:
                 del record, sleeper  # the traceback holds this frame: see Failure
@@ -241,17 +238,9 @@ class ShardedFlight(Core):
             del record, sleeper, seat
 
     def _stop_following(
-        self,
-        shard: Shard,
-        h: int,
-        seat: Seat,
-        sleeper: Sleeper,
-        record: Execution | None,
-        visit: Visit | None,
+        self, shard: Shard, h: int, seat: Seat, sleeper: Sleeper, record: Execution | None
     ) -> None:
         self._withdraw(shard, h, sleeper, record)
-        if visit is not None:
-            visit.end(Departure.CANCELLED)
         # A key's __eq__ may have raised when `seat` was linked already: nobody else's error.
         self._conclude(shard, h, seat, seat[1], End.LOST)
 
@@ -319,7 +308,6 @@ class ShardedFlight(Core):
         record: Execution | None = None
         run: LoopRun | None = None
         waiter: asyncio.Future[Any] | None = None
-        visit: Visit | None = None
         try:
             if shard.taken(h):
                 waiter = loop.create_future()
@@ -335,8 +323,7 @@ class ShardedFlight(Core):
                 if id(loop) not in watched_loops:
                     watch_loop(loop, _loop_closed)
                 if isinstance(record.seat, WatchedSeat):
-                    visit = Visit(record.seat.execution)
-                    visit.begin()
+                    record.seat.join(waiter)
                 if current_run.get() is not None or record.leader == get_ident():
                     begin_wait(shard, (record,), waiter)
                     try:
@@ -345,10 +332,8 @@ class ShardedFlight(Core):
                         end_wait(waiter)
                 else:
                     answer = await waiter
-                if visit is not None:
-                    visit.end(
-                        Departure.TOOK_OVER if answer is TAKE_OVER else departure_from(record)
-                    )
+                if isinstance(record.seat, WatchedSeat):
+                    record.seat.leave(waiter, departure_from(record, answer is TAKE_OVER))
                 if answer is not TAKE_OVER:
                     return record.outcome() if answer is None else answer
                 run = LoopRun(loop)
@@ -377,10 +362,10 @@ class ShardedFlight(Core):
         except GeneratorExit:
             # The coroutine is closed, perhaps by the garbage collector, at any point of any
             # thread: that may be one that holds the lock that leaving needs.
-            self._on_a_thread(self._leave_async, shard, h, seat, record, waiter, run, visit)
+            self._on_a_thread(self._leave_async, shard, h, seat, record, waiter, run)
             raise
         except BaseException:
-            self._leave_async(shard, h, seat, record, waiter, run, visit)
+            self._leave_async(shard, h, seat, record, waiter, run)
             raise
         finally:
             del record, seat, run, waiter  # a traceback may hold this frame: see Failure
@@ -448,13 +433,10 @@ class ShardedFlight(Core):
         record: Execution | None,
         waiter: "asyncio.Future[bool] | None",
         run: LoopRun | None,
-        visit: Visit | None,
     ) -> None:
         """A coroutine goes, at whatever point it was. What is over already is not disturbed."""
         if waiter is not None:
             self._withdraw(shard, h, waiter, record)
-        if visit is not None:
-            visit.end(Departure.CANCELLED)
         if run is None or run.done or seat is None:
             return
         if run.task is None:
@@ -497,9 +479,9 @@ class ShardedFlight(Core):
             else:
                 future.joined = record
                 if isinstance(record.seat, WatchedSeat):
-                    future.visit_begins(Visit(record.seat.execution), record)
+                    record.seat.join(future)
+                    future.check_woken(record)
         except BaseException:
-            future.visit_ends(Departure.CANCELLED)
             self._withdraw(shard, h, future, record)
             self._conclude(shard, h, seat, future, End.LOST)
             future.seat = None
@@ -600,10 +582,12 @@ class ShardedFlight(Core):
         found = {shard.record(seat) for seat in shard.holders(h)}
         found.add(joined)
         for record in found:
-            if record is None or self._leave(shard, record, waiter):
+            if record is None:
                 continue
-            if record.leader is waiter:
+            if not self._leave(shard, record, waiter) and record.leader is waiter:
                 self._conclude(shard, h, record.seat, waiter, End.LOST)
+            if isinstance(record.seat, WatchedSeat):
+                record.seat.leave(waiter, Departure.CANCELLED)
 
     def _seat(self, *seat: Any) -> Seat:
         """A seat, when something is done around the functions."""

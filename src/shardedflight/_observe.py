@@ -39,7 +39,6 @@ __all__ = [
     "Observer",
     "Started",
     "Subscription",
-    "Visit",
     "WatchedSeat",
     "check_observer",
     "departure_from",
@@ -251,6 +250,8 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
     execution: ObservedExecution
     #: The run that its leader has begun. Written by the leader before its function runs.
     run: "_Run | None"
+    #: The followers whose coming was told. Whoever takes one out tells that it leaves.
+    followers: dict[Any, Joined]
 
     @classmethod
     def make(
@@ -260,6 +261,7 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
         watched = cls(seat)
         watched.execution = ObservedExecution(flight, seat[0], subscriptions)
         watched.run = None
+        watched.followers = {}
         return watched
 
     def start(self, leader: Any, promoted: bool, batch: tuple[ObservedExecution, ...] = ()) -> None:
@@ -285,6 +287,24 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
         finally:
             del value, error, ended  # a traceback that holds this frame may be the error's own
 
+    def join(self, waiter: Any) -> None:
+        """Tells that `waiter` waits from now on."""
+        joined = Joined(self.execution, monotonic())
+        try:
+            for subscription in self.execution._subscriptions:
+                subscription.tell(subscription.follower_joined, joined)
+        finally:
+            self.followers[waiter] = joined
+
+    def leave(self, waiter: Any, departure: Departure) -> None:
+        """Tells that `waiter` waits no more; once, and only if its coming was told."""
+        joined = self.followers.pop(waiter, None)
+        if joined is None:
+            return
+        left = Left(joined, departure, monotonic())
+        for subscription in self.execution._subscriptions:
+            subscription.tell(subscription.follower_left, left)
+
 
 class _Run:
     """One run of a leader's function."""
@@ -304,31 +324,8 @@ class _Run:
             return False
 
 
-class Visit:
-    """A follower of an execution that somebody watches."""
-
-    __slots__ = ("_joined", "_open")
-
-    def __init__(self, execution: ObservedExecution) -> None:
-        self._joined = Joined(execution, monotonic())
-        self._open = [True]
-
-    def begin(self) -> None:
-        """Tells that the follower has come."""
-        for subscription in self._joined.execution._subscriptions:
-            subscription.tell(subscription.follower_joined, self._joined)
-
-    def end(self, departure: Departure) -> None:
-        """Tells that the follower goes; once."""
-        try:
-            self._open.pop()
-        except IndexError:
-            return
-        left = Left(self._joined, departure, monotonic())
-        for subscription in self._joined.execution._subscriptions:
-            subscription.tell(subscription.follower_left, left)
-
-
-def departure_from(record: Execution) -> Departure:
-    """How a follower leaves an execution that has ended."""
+def departure_from(record: Execution, promoted: bool = False) -> Departure:
+    """How a follower leaves that was woken: it leads by now, or there is an outcome."""
+    if promoted:
+        return Departure.TOOK_OVER
     return Departure.SERVED if record.end is End.VALUE else Departure.FAILED
