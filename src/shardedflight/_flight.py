@@ -165,6 +165,8 @@ class ShardedFlight(Core):
         self._pool: ThreadPoolExecutor | None = None
         #: Replaced, not changed, under `_observers_lock`.
         self._subscriptions: tuple[Subscription, ...] = ()
+        #: There has been an observer: what runs now may be watched. Asked where each step counts.
+        self._was_watched = False
         #: Written under `_observers_lock`.
         self._observer_errors = 0
         register(self)
@@ -178,7 +180,7 @@ class ShardedFlight(Core):
         seat = self._seat(key, *leader_here())
         try:
             if shard.claim(h, seat):
-                return self._lead(shard, h, seat, seat[1], fn, promoted=False)
+                return self._lead(shard, h, seat, seat[1], fn)
             return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
             try:
@@ -233,7 +235,7 @@ class ShardedFlight(Core):
             if record is not None:
                 seat = record.seat
                 shard.adopt(seat, sleeper, sleeper.thread)
-            return self._lead(shard, h, seat, sleeper.thread, fn, record is not None)
+            return self._lead(shard, h, seat, sleeper.thread, fn)
         finally:
             del record, sleeper, seat
 
@@ -245,18 +247,12 @@ class ShardedFlight(Core):
         self._conclude(shard, h, seat, seat[1], End.LOST)
 
     def _lead(
-        self,
-        shard: Shard,
-        h: int,
-        seat: Seat,
-        leader: Any,
-        fn: Callable[[], T],
-        promoted: bool,
+        self, shard: Shard, h: int, seat: Seat, leader: Any, fn: Callable[[], T]
     ) -> tuple[T, bool]:
         """Runs `fn` on this thread, for an execution that others may know of already."""
         try:
             if isinstance(seat, WatchedSeat):
-                seat.start(leader, promoted)
+                seat.start(leader)
             value = fn()
             if type(value) is CoroutineType:
                 self._conclude(shard, h, seat, leader, End.LOST)
@@ -322,7 +318,7 @@ class ShardedFlight(Core):
                 assert waiter is not None
                 if id(loop) not in watched_loops:
                     watch_loop(loop, _loop_closed)
-                if isinstance(record.seat, WatchedSeat):
+                if self._was_watched and isinstance(record.seat, WatchedSeat):
                     record.seat.join(waiter)
                 if current_run.get() is not None or record.leader == get_ident():
                     begin_wait(shard, (record,), waiter)
@@ -332,7 +328,7 @@ class ShardedFlight(Core):
                         end_wait(waiter)
                 else:
                     answer = await waiter
-                if isinstance(record.seat, WatchedSeat):
+                if self._was_watched and isinstance(record.seat, WatchedSeat):
                     record.seat.leave(waiter, departure_from(record, answer is TAKE_OVER))
                 if answer is not TAKE_OVER:
                     return record.outcome() if answer is None else answer
@@ -342,7 +338,7 @@ class ShardedFlight(Core):
                     raise asyncio.CancelledError("the event loop was closed")
             assert run is not None
             assert seat is not None
-            self._start(run, self._run(run, shard, h, seat, fn, record is not None))
+            self._start(run, self._run(run, shard, h, seat, fn))
             if not run.done:
                 run.bell = loop.create_future()
                 if id(loop) not in watched_loops:
@@ -391,15 +387,14 @@ class ShardedFlight(Core):
         h: int,
         seat: Seat,
         fn: Callable[[], Awaitable[Any]],
-        promoted: bool,
     ) -> None:
         """The task of an execution. Raises only what tells its loop that it was cancelled."""
         try:
             if run.paused:
                 await pause()
             begin_run(run)
-            if isinstance(seat, WatchedSeat):
-                seat.start(run, promoted)
+            if self._was_watched and isinstance(seat, WatchedSeat):
+                seat.start(run)
             awaitable: Any = fn()
             if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
                 run.error = not_awaitable(awaitable)
@@ -407,7 +402,7 @@ class ShardedFlight(Core):
                 return
             value = await awaitable  # pyright: ignore[reportUnknownVariableType]
             run.value = value
-            if isinstance(seat, WatchedSeat) or not shard.release(h, seat):
+            if (self._was_watched and isinstance(seat, WatchedSeat)) or not shard.release(h, seat):
                 record = self._conclude(shard, h, seat, run, End.VALUE, value)
                 run.shared = record is not None and record.shared
         except BaseException as error:
@@ -612,6 +607,7 @@ class ShardedFlight(Core):
         with _observers_lock:
             if any(known.observer is observer for known in self._subscriptions):
                 raise ValueError(f"it is an observer of this flight already: {observer!r}")
+            self._was_watched = True
             self._subscriptions = (*self._subscriptions, Subscription(observer))
             self._wrap(True)
 

@@ -80,7 +80,7 @@ class FlightFuture(Future[Any], Run, Waiter):
                 self.lose()
                 return
             try:
-                outcome = flight._lead(shard, h, seat, self, self._fn, self.joined is not None)
+                outcome = flight._lead(shard, h, seat, self, self._fn)
             except BaseException as error:
                 self._end(None, error)
             else:

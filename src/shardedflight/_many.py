@@ -219,7 +219,7 @@ def _start(items: list[_Item], leader: Any) -> None:
     batch = tuple([seat.execution for seat in seats])
     for item in items:
         if isinstance(item.seat, WatchedSeat):
-            item.seat.start(leader, item.joined is not None, batch)
+            item.seat.start(leader, batch)
 
 
 def do_many(

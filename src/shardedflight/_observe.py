@@ -252,6 +252,8 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
     run: "_Run | None"
     #: The followers whose coming was told. Whoever takes one out tells that it leaves.
     followers: dict[Any, Joined]
+    #: A follower has taken over, written before it begins.
+    promoted: bool
 
     @classmethod
     def make(
@@ -262,11 +264,12 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
         watched.execution = ObservedExecution(flight, seat[0], subscriptions)
         watched.run = None
         watched.followers = {}
+        watched.promoted = False
         return watched
 
-    def start(self, leader: Any, promoted: bool, batch: tuple[ObservedExecution, ...] = ()) -> None:
+    def start(self, leader: Any, batch: tuple[ObservedExecution, ...] = ()) -> None:
         """Tells that the function of `leader` is about to run."""
-        started = Started(self.execution, promoted, batch or (self.execution,), monotonic())
+        started = Started(self.execution, self.promoted, batch or (self.execution,), monotonic())
         self.run = _Run(leader, started)
         for subscription in self.execution._subscriptions:
             subscription.tell(subscription.execution_started, started)
@@ -301,6 +304,8 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
         joined = self.followers.pop(waiter, None)
         if joined is None:
             return
+        if departure is Departure.TOOK_OVER:
+            self.promoted = True
         left = Left(joined, departure, monotonic())
         for subscription in self.execution._subscriptions:
             subscription.tell(subscription.follower_left, left)
