@@ -3,7 +3,7 @@
 An execution is told from its beginning to its end to those who were observers when its caller
 came. So each carries them: its seat is a `WatchedSeat`, made only while somebody watches, and a
 plain tuple otherwise. Nothing is looked up and nothing has to be cleared away, and a flight that
-nobody watches does no more than it did without this module.
+nobody watches only asks, here and there, whether somebody does.
 
 Observers run outside of every lock, on the thread where it happens:
 
@@ -14,7 +14,7 @@ Observers run outside of every lock, on the thread where it happens:
 - `follower_joined` before the follower sleeps, `follower_left` before it returns.
 
 The form, Protocols that take one frozen dataclass, is that of stamina's instrumentation hooks
-(https://stamina.hynek.me/en/stable/instrumentation.html).
+(https://github.com/hynek/stamina).
 """
 
 import contextlib
@@ -301,11 +301,11 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
 
     def leave(self, waiter: Any, departure: Departure) -> None:
         """Tells that `waiter` waits no more; once, and only if its coming was told."""
+        if departure is Departure.TOOK_OVER:
+            self.promoted = True
         joined = self.followers.pop(waiter, None)
         if joined is None:
             return
-        if departure is Departure.TOOK_OVER:
-            self.promoted = True
         left = Left(joined, departure, monotonic())
         for subscription in self.execution._subscriptions:
             subscription.tell(subscription.follower_left, left)
