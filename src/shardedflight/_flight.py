@@ -28,7 +28,9 @@ from ._core import (
     all_flights,
     gil_enabled,
     late,
+    leader_here,
     not_awaitable,
+    parts_of,
     refuse_coroutine,
     refuse_coroutine_function,
     register,
@@ -37,6 +39,14 @@ from ._core import (
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code, pause
 from ._future import FlightFuture
 from ._lock import SteadyLock
+from ._observe import (
+    Departure,
+    Observer,
+    Subscription,
+    WatchedSeat,
+    check_observer,
+    departure_from,
+)
 from ._waiting import (
     TAKE_OVER,
     LoopRun,
@@ -118,7 +128,7 @@ class ShardedFlight(Core):
         on_abandon: What happens when the last caller leaves an execution that runs in a task, or
             waits for a place in `executor`: "cancel" makes it unjoinable and cancels it, "finish"
             lets it run to its end.
-        name: Shown by `repr`.
+        name: Shown by `repr` and to observers.
 
     Raises:
         InvalidShardsError: `shards` is not a power of two.
@@ -155,9 +165,35 @@ class ShardedFlight(Core):
         self._executor = executor
         #: The pool made here when it is first needed, under `_pool_lock`.
         self._pool: ThreadPoolExecutor | None = None
+        #: Replaced, not changed, under `_observers_lock`.
+        self._subscriptions: tuple[Subscription, ...] = ()
+        #: There has been an observer: what runs now may be watched. Asked where each step counts.
+        self._was_watched = False
+        #: Written under `_observers_lock`.
+        self._observer_errors = 0
         register(self)
 
     # -- threads ----------------------------------------------------------------------------------
+
+    def _do_wrapped(
+        self, fn: Callable[[], T], part: Any, more: tuple[Any, ...], timeout: float | None
+    ) -> tuple[T, bool]:
+        key, h, shard = self._place(parts_of(part, more))
+        seat = self._seat(key, *leader_here())
+        try:
+            if shard.claim(h, seat):
+                return self._lead(shard, h, seat, seat[1], fn)
+            return self._follow(shard, h, seat, fn, timeout)
+        except BaseException as error:
+            try:
+                self._fail(shard, h, seat, seat[1], error)
+            except RecursionError:  # see Core.do
+                late.append((self._fail, (shard, h, seat, seat[1], error)))
+                start_new_thread(settle_late, ())
+            except BaseException:  # interrupted: see Core.do
+                self._fail(shard, h, seat, seat[1], error)
+                raise
+            raise
 
     def _follow(
         self, shard: Shard, h: int, seat: Seat, fn: Callable[[], T], timeout: float | None
@@ -168,18 +204,25 @@ class ShardedFlight(Core):
             refuse_coroutine_function(fn)
             record = shard.join(h, seat, sleeper, None)
             if record is not None:
+                if isinstance(record.seat, WatchedSeat):
+                    record.seat.join(sleeper)
                 begin_wait(shard, (record,))
                 try:
                     if not sleeper.sleep(timeout):
                         if self._leave(shard, record, sleeper):
                             shard.count_timeout()
+                            if isinstance(record.seat, WatchedSeat):
+                                record.seat.leave(sleeper, Departure.TIMED_OUT)
                             raise FlightTimeout(
                                 f"waited {timeout} s for the execution of {record.key!r}"
                             )
                         sleeper.sleep()
                 finally:
                     end_wait()
-                if not sleeper.news[0][1]:
+                promoted = sleeper.news[0][1]
+                if isinstance(record.seat, WatchedSeat):
+                    record.seat.leave(sleeper, departure_from(record, promoted))
+                if not promoted:
                     return record.outcome()
         except BaseException:
             try:
@@ -210,11 +253,13 @@ class ShardedFlight(Core):
     ) -> tuple[T, bool]:
         """Runs `fn` on this thread, for an execution that others may know of already."""
         try:
+            if isinstance(seat, WatchedSeat):
+                seat.start(leader)
             value = fn()
             if type(value) is CoroutineType:
                 self._conclude(shard, h, seat, leader, End.LOST)
                 refuse_coroutine(value)
-            if shard.release(h, seat):
+            if not isinstance(seat, WatchedSeat) and shard.release(h, seat):
                 return value, False
             record = self._conclude(shard, h, seat, leader, End.VALUE, value)
             return value, record is not None and record.shared
@@ -233,7 +278,9 @@ class ShardedFlight(Core):
 
     # -- coroutines -------------------------------------------------------------------------------
 
-    async def do_async(self, fn: Callable[[], Awaitable[T]], /, *parts: Any) -> tuple[T, bool]:
+    async def do_async(  # noqa: C901 - the hot path, written out
+        self, fn: Callable[[], Awaitable[T]], /, *parts: Any
+    ) -> tuple[T, bool]:
         """Awaits what `fn` returns, or the execution that already runs for this key.
 
         The awaitable runs in a task that the flight owns, on this event loop, with a copy of this
@@ -265,12 +312,14 @@ class ShardedFlight(Core):
                 record = shard.follow(h, key, waiter, loop)
             if record is None:
                 run = LoopRun(loop)
-                seat = (key, run)
+                seat = self._seat(key, run) if self._wraps else (key, run)
                 if not shard.claim(h, seat):
                     waiter = (future_makers.get(id(loop)) or self._watch(loop))()
                     record = shard.join(h, seat, waiter, loop)
             if record is not None:
                 assert waiter is not None
+                if self._was_watched and isinstance(record.seat, WatchedSeat):
+                    record.seat.join(waiter)
                 if current_run.get() is not None or record.leader == get_ident():
                     begin_wait(shard, (record,), waiter)
                     try:
@@ -279,6 +328,8 @@ class ShardedFlight(Core):
                         end_wait(waiter)
                 else:
                     answer = await waiter
+                if self._was_watched and isinstance(record.seat, WatchedSeat):
+                    record.seat.leave(waiter, departure_from(record, answer is TAKE_OVER))
                 if answer is not TAKE_OVER:
                     return record.outcome() if answer is None else answer
                 run = LoopRun(loop)
@@ -341,17 +392,19 @@ class ShardedFlight(Core):
             if run.paused:
                 await pause()
             begin_run(run)
+            if self._was_watched and isinstance(seat, WatchedSeat):
+                seat.start(run)
             awaitable: Any = fn()
             if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
                 run.error = not_awaitable(awaitable)
                 self._conclude(shard, h, seat, run, End.LOST)
                 return
             value = await awaitable  # pyright: ignore[reportUnknownVariableType]
-            if shard.release(h, seat):
-                run.result = value, False
-            else:
+            if (self._was_watched and isinstance(seat, WatchedSeat)) or not shard.release(h, seat):
                 record = self._conclude(shard, h, seat, run, End.VALUE, value)
                 run.result = value, record is not None and record.shared
+            else:
+                run.result = value, False
         except BaseException as error:
             run.error = error
             if isinstance(error, GeneratorExit):  # see do_async
@@ -410,7 +463,7 @@ class ShardedFlight(Core):
         refuse_coroutine_function(fn)
         key, h, shard = self._place(parts)
         future = FlightFuture(self, fn, shard, h)
-        seat = (key, future)
+        seat = self._seat(key, future) if self._wraps else (key, future)
         record: Execution | None = None
         try:
             if not shard.claim(h, seat):
@@ -420,6 +473,9 @@ class ShardedFlight(Core):
                 future.submit()
             else:
                 future.joined = record
+                if isinstance(record.seat, WatchedSeat):
+                    record.seat.join(future)
+                    future.check_woken(record)
         except BaseException:
             self._withdraw(shard, h, future, record)
             self._conclude(shard, h, seat, future, End.LOST)
@@ -485,6 +541,8 @@ class ShardedFlight(Core):
         value: Any = None,
         traceback: TracebackType | None = None,
     ) -> Execution | None:
+        if isinstance(seat, WatchedSeat):
+            seat.end(shard, leader, end, value)
         while True:
             record, heir = shard.settle(h, seat, leader, end, value, traceback)
             if record is None:
@@ -519,12 +577,73 @@ class ShardedFlight(Core):
         found = {shard.record(seat) for seat in shard.holders(h)}
         found.add(joined)
         for record in found:
-            if record is None or self._leave(shard, record, waiter):
+            if record is None:
                 continue
-            if record.leader is waiter:
+            if not self._leave(shard, record, waiter) and record.leader is waiter:
                 self._conclude(shard, h, record.seat, waiter, End.LOST)
+            if isinstance(record.seat, WatchedSeat):
+                record.seat.leave(waiter, Departure.CANCELLED)
+
+    def _seat(self, *seat: Any) -> Seat:
+        """A seat, when something is done around the functions."""
+        subscriptions = self._subscriptions
+        return WatchedSeat.make(self, subscriptions, seat) if subscriptions else seat
 
     # -- watching ---------------------------------------------------------------------------------
+
+    def add_observer(self, observer: Observer) -> None:
+        """Has `observer` told of all executions that begin from now on.
+
+        Args:
+            observer: Has the methods of `shardedflight.observe.Observer`, which see.
+
+        Raises:
+            TypeError: It lacks a method.
+            ValueError: It is an observer of this flight already.
+
+        May be called from any thread.
+        """
+        check_observer(observer)
+        with _observers_lock:
+            if any(known.observer is observer for known in self._subscriptions):
+                raise ValueError(f"it is an observer of this flight already: {observer!r}")
+            self._was_watched = True
+            self._subscriptions = (*self._subscriptions, Subscription(observer))
+            self._wrap(True)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Has `observer` told of no execution that begins from now on.
+
+        It is still told how those end, and who follows in them, that run now.
+
+        Args:
+            observer: One that was added.
+
+        Raises:
+            ValueError: It is no observer of this flight.
+
+        May be called from any thread.
+        """
+        with _observers_lock:
+            rest = tuple(known for known in self._subscriptions if known.observer is not observer)
+            if len(rest) == len(self._subscriptions):
+                raise ValueError(f"it is no observer of this flight: {observer!r}")
+            self._subscriptions = rest
+            self._wrap(bool(rest))
+
+    @property
+    def observer_errors(self) -> int:
+        """How many exceptions the observers have raised."""
+        return self._observer_errors
+
+    def _count_observer_error(self) -> None:
+        with _observers_lock:
+            self._observer_errors += 1
+
+    @property
+    def name(self) -> str | None:
+        """As it was given."""
+        return self._name
 
     @property
     def shards(self) -> int:
@@ -612,6 +731,7 @@ def _check_executor(executor: object) -> None:
 
 
 _pool_lock = SteadyLock()
+_observers_lock = SteadyLock()
 
 leading_code.add(ShardedFlight._lead.__code__)
 
@@ -622,8 +742,9 @@ def _loop_closed() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _pool_lock
+    global _pool_lock, _observers_lock
     _pool_lock = SteadyLock()
+    _observers_lock = SteadyLock()
     after_fork_in_child()
     for flight in all_flights():
         flight._after_fork_in_child()

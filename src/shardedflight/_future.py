@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Run, Seat, Shard, public_key
 from ._deadlock import begin_wait, end_wait
+from ._observe import Departure, WatchedSeat, departure_from
 from ._waiting import Waiter
 
 if TYPE_CHECKING:
@@ -123,11 +124,27 @@ class FlightFuture(Future[Any], Run, Waiter):
 
     # As a follower.
 
+    def check_woken(self, joined: Execution) -> None:
+        """Its coming has been told just now, and it may have been woken before that."""
+        if self.cancelled():
+            self._tell_left(joined, Departure.CANCELLED)
+        elif self._work is not None:
+            self._tell_left(joined, Departure.TOOK_OVER)
+        elif self.done():
+            self._tell_left(joined, departure_from(joined))
+
+    def _tell_left(self, joined: Execution, departure: Departure) -> None:
+        if isinstance(joined.seat, WatchedSeat):
+            joined.seat.leave(self, departure)
+
     def wake(self, execution: Execution) -> None:
+        departure = departure_from(execution)
+        self._tell_left(execution, departure)
         if execution.end is End.VALUE:
             self._end((execution.value, execution.shared), None)
         else:
             self._end(None, execution.error())
+        self._tell_left(execution, departure)  # if its coming was told only now
 
     def take_over(self, execution: Execution) -> bool:
         if self.cancelled():
@@ -135,11 +152,13 @@ class FlightFuture(Future[Any], Run, Waiter):
         if self._work is not None:
             return True  # told twice
         self.seat = execution.seat
+        self._tell_left(execution, Departure.TOOK_OVER)
         try:
             self.submit()
         except Exception as error:  # no thread for it: its own loss, as for a leader
             self._end(None, error)
             return False
+        self._tell_left(execution, Departure.TOOK_OVER)  # as in wake
         return True
 
     # As a future.
@@ -148,6 +167,8 @@ class FlightFuture(Future[Any], Run, Waiter):
         """Leaves the flight. False if the outcome is there already."""
         if not super().cancel():
             return False
+        if self.joined is not None:
+            self._tell_left(self.joined, Departure.CANCELLED)
         self._tell_waiters()
         # A follower leaves what it has joined; a leader, or one that has taken over, what it leads.
         flight, shard, seat = self._flight, self._shard, self.seat

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refuse_coroutine
 from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code, pause
+from ._observe import WatchedSeat, departure_from
 from ._replica import Failure
 from ._waiting import (
     Inbox,
@@ -92,20 +93,23 @@ class _Batch:
         """
         led: list[_Item] = []
         for item in self.items:
-            item.seat = (item.key, *leader)
+            seat = (item.key, *leader)
+            item.seat = self.flight._seat(*seat) if self.flight._wraps else seat
             item.joined = item.shard.join(item.h, item.seat, waiter, None)
             item.led = item.joined is None
             if item.joined is None:
                 led.append(item)
             else:
                 self.joined[item.joined] = item
+                if isinstance(item.joined.seat, WatchedSeat):
+                    item.joined.seat.join(waiter)
         return led
 
-    def hear(self, news: list[tuple[Execution, bool]]) -> list[_Item]:
+    def hear(self, waiter: Sleeper | Inbox) -> list[_Item]:
         """Takes the news of joined executions; returns those that the call now leads."""
         promoted: list[_Item] = []
-        while news:
-            execution, leads = news.pop(0)
+        while waiter.news:
+            execution, leads = waiter.news.pop(0)
             item = self.joined.pop(execution, None)
             if item is None:
                 continue  # told twice
@@ -115,6 +119,8 @@ class _Batch:
                 promoted.append(item)
             else:
                 item.take_outcome()
+            if isinstance(execution.seat, WatchedSeat):
+                execution.seat.leave(waiter, departure_from(execution, leads))
         return promoted
 
     def check_wait(self, led: list[_Item], blocking: bool) -> None:
@@ -207,6 +213,15 @@ def _answers(found: object, items: Sequence[_Item]) -> dict[Any, Any]:
     return {name: found[name] for name in names if name in found}
 
 
+def _start(items: list[_Item], leader: Any) -> None:
+    """Tells those who watch `items` that the function is about to run for them."""
+    seats = [item.seat for item in items if isinstance(item.seat, WatchedSeat)]
+    batch = tuple([seat.execution for seat in seats])
+    for item in items:
+        if isinstance(item.seat, WatchedSeat):
+            item.seat.start(leader, batch)
+
+
 def do_many(
     flight: "ShardedFlight",
     fn: Callable[[list[Any]], Mapping[Any, Any]],
@@ -226,7 +241,7 @@ def do_many(
                 sleeper.sleep()
             finally:
                 end_wait()
-            promoted = batch.hear(sleeper.news)
+            promoted = batch.hear(sleeper)
             for item in promoted:
                 item.shard.adopt(cast("Seat", item.seat), sleeper, me)
             if promoted:
@@ -253,6 +268,7 @@ def _lead(
 ) -> None:
     """Runs `fn` for `items`. Its exceptions are kept in the batch; what is none is raised."""
     try:
+        _start(items, leader)
         found: Any = fn([item.names[0] for item in items])
         if type(found) is CoroutineType:
             batch.lose(items, leader)
@@ -298,7 +314,7 @@ async def do_many_async(
                     end_wait(bell)
             else:
                 await bell
-            promoted = batch.hear(inbox.news)
+            promoted = batch.hear(inbox)
             for ended in [run for run in runs if run.done]:
                 del runs[ended]
                 ended.outcome()  # raises what is this caller's alone
@@ -334,6 +350,7 @@ async def _run(
         if run.paused:
             await pause()
         begin_run(run)
+        _start(items, run)
         awaitable = fn([item.names[0] for item in items])
         if not inspect.isawaitable(awaitable):
             run.error = not_awaitable(awaitable)
