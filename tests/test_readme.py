@@ -113,7 +113,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_a_block_says_its_language(block: Block) -> None:
-    assert block.language in LANGUAGES | DIRECTIVES
+    assert block.language.partition(" ")[0] in LANGUAGES | DIRECTIVES
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)
@@ -177,7 +177,7 @@ def test_a_command_exists(command: list[str]) -> None:
         case ["python", "-m", "pip", "install", *what] | ["pip", "install", *what]:
             assert what
             for requirement in what:
-                assert set(extras_named(requirement)) <= extras()
+                assert requirement in others() or set(extras_named(requirement)) <= extras()
         case ["python", "-m", module, *arguments]:
             options_exist([module], arguments)
         case ["shardedflight", subcommand, *arguments]:
@@ -208,6 +208,14 @@ def extras() -> set[str]:
     """The extras that the project has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return set(project["optional-dependencies"])
+
+
+@cache
+def others() -> set[str]:
+    """The packages of other projects that the extras name: the tests know that they work."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = sum(project["optional-dependencies"].values(), [])
+    return {re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in named}
 
 
 def extras_named(requirement: str) -> list[str]:
