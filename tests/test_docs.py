@@ -74,7 +74,10 @@ def public_names() -> Iterator[str]:
             yield f"{module.__name__}.{name}"
             if inspect.isclass(value):
                 for member in vars(value):
-                    if not member.startswith("_") and callable(getattr(value, member)):
+                    found = getattr(value, member)
+                    if not member.startswith("_") and (
+                        callable(found) or isinstance(found, property)
+                    ):
                         yield f"{module.__name__}.{name}.{member}"
 
 

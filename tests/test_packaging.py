@@ -228,6 +228,7 @@ def test_the_suite_passes_where_only_the_wheel_is(
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(ROOT / "tests", elsewhere / "tests")
     shutil.copytree(ROOT / "docs", elsewhere / "docs")
+    shutil.copytree(ROOT / "examples", elsewhere / "examples")
     for path in (*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "Makefile", ROOT / "pyproject.toml"):
         shutil.copy(path, elsewhere)
 

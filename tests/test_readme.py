@@ -16,6 +16,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,7 @@ def extras() -> set[str]:
 def others() -> set[str]:
     """The packages of other projects that the extras name: the tests know that they work."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = sum(project["optional-dependencies"].values(), [])
+    named = chain.from_iterable(project["optional-dependencies"].values())
     return {re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in named}
 
 
