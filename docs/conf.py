@@ -21,7 +21,6 @@ exclude_patterns = ["_*"]
 
 # Markdown as GitHub shows it: these documents are read there as well.
 myst_heading_anchors = 4
-myst_links_external_new_tab = False
 
 html_theme = "furo"
 html_static_path = ["_static"]
@@ -50,5 +49,6 @@ nitpick_ignore_regex = [
     ("py:class", r"(shardedflight\._\w+\.)?(K|P|P2|R|R2|S|T|V)"),
 ]
 
+# `make docs-links`: whether the pages exist; many sites make their anchors by script.
 linkcheck_anchors = False
 linkcheck_timeout = 20
