@@ -9,7 +9,7 @@ ARGS ?=
 .DELETE_ON_ERROR:
 # Two editable installs at once would write the same metadata.
 .NOTPARALLEL:
-.PHONY: help demo test test-environment test-plain test-compiled test-wheel check lint types imports bench docs pins clean
+.PHONY: help demo test test-environment test-plain test-compiled test-wheel check lint types imports bench docs docs-links pins clean
 
 # Such as 3.14.6 or, free-threaded, 3.14.6t; "old 3.10.1"; empty if $(PYTHON) does not run.
 VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; \
@@ -66,7 +66,8 @@ help:
 	@echo "             test-plain and test-compiled run one half, test-wheel the built wheel's"
 	@echo "make check   lint, formatting, types and import layering"
 	@echo "make bench   the dashboard of measured ratios (ARGS=--help)"
-	@echo "make docs    the documents' links and code blocks"
+	@echo "make docs    the documentation as pages, in build/docs; their code is run by make test"
+	@echo "             docs-links asks the sites that they link to, which needs the internet"
 	@echo "make pins    resolve requirements/*.txt anew from pyproject.toml"
 	@echo "make clean   remove everything that these made"
 	@echo "Add PYTHON=python3.14t to use another interpreter than python3."
@@ -91,8 +92,15 @@ test-wheel: .venv/test-$(KEY)/built
 		export SHARDEDFLIGHT_PURE SHARDEDFLIGHT_REQUIRE_COMPILED; \
 		$(call run,test) pytest tests/test_packaging.py -m whole -s -o faulthandler_timeout=0 $(ARGS)
 
-docs: .venv/test-$(KEY)/built
-	@$(call run,test) pytest tests/test_readme.py $(ARGS)
+# Warnings are errors, links between the documents among them. conf.py takes the package from src.
+sphinx = $(call run,docs) sphinx -W --keep-going -q -d build/docs/doctrees
+
+docs: .venv/docs-$(KEY)/made
+	@$(sphinx) -b html $(ARGS) docs build/docs/html
+	@echo "The documentation is in build/docs/html/index.html"
+
+docs-links: .venv/docs-$(KEY)/made
+	@$(sphinx) -b linkcheck $(ARGS) docs build/docs/links
 
 check: lint types imports
 
@@ -111,12 +119,14 @@ imports: .venv/check-$(KEY)/made
 resolve = $(call run,pins) uv pip compile --quiet --universal --fork-strategy fewest \
 	--python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command 'make pins'
-all := --extra check --extra test --extra demo --extra bench
+all := --extra check --extra test --extra demo --extra bench --extra docs
 
 pins: .venv/pins-$(KEY)/made
 	@$(resolve) $(ARGS) $(all) pyproject.toml -o requirements/check.txt
-	@$(resolve) --extra test --extra demo --extra bench -c requirements/check.txt pyproject.toml \
-		-o requirements/test.txt
+	@$(resolve) --extra test --extra demo --extra bench --extra docs -c requirements/check.txt \
+		pyproject.toml -o requirements/test.txt
+	@$(resolve) --extra docs --extra httpx -c requirements/check.txt pyproject.toml \
+		-o requirements/docs.txt
 	@$(resolve) --extra demo -c requirements/check.txt pyproject.toml -o requirements/demo.txt
 	@$(resolve) --extra bench -c requirements/check.txt pyproject.toml -o requirements/bench.txt
 	@$(resolve) --extra peers -c requirements/check.txt pyproject.toml -o requirements/peers.txt

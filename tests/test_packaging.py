@@ -202,7 +202,7 @@ def test_help_needs_no_extra(command: tuple[str, ...], installed: Callable[..., 
 
 SHORT = ["tests/test_compiled.py", "tests/test_go_scenarios.py", "tests/test_forget.py"]
 # What else is about the checkout, and not about the package.
-WHOLE = ["tests", "--ignore=tests/test_packaging.py"]
+WHOLE = ["tests", "--ignore=tests/test_packaging.py", "--ignore=tests/test_docs.py"]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,7 @@ def test_the_suite_passes_where_only_the_wheel_is(
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(ROOT / "tests", elsewhere / "tests")
     shutil.copytree(ROOT / "docs", elsewhere / "docs")
+    shutil.copytree(ROOT / "examples", elsewhere / "examples")
     for path in (*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "Makefile", ROOT / "pyproject.toml"):
         shutil.copy(path, elsewhere)
 
