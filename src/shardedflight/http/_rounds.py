@@ -20,14 +20,13 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, Unpack
 
-from shardedflight import ShardedFlight
+from shardedflight import DeadlockError, ShardedFlight
 
 from ._rules import Options, Pass, Refusal, Request, Rules, Shared, Verdict, Where, names
 
@@ -70,7 +69,17 @@ class HttpStats:
 class Round:
     """One execution and those who wait for it. `Rounds` changes it, under its lock."""
 
-    __slots__ = ("bell", "failed", "followers", "key", "led", "name", "successors", "verdict")
+    __slots__ = (
+        "bell",
+        "failed",
+        "followers",
+        "key",
+        "led",
+        "name",
+        "successors",
+        "verdict",
+        "waits",
+    )
 
     def __init__(self, key: Hashable, address: str) -> None:
         #: The request's key and variant.
@@ -90,6 +99,21 @@ class Round:
         self.failed = False
         #: Called when `followers` falls to 0, or at the end.
         self.bell: Callable[[], None] | None = None
+        #: The rounds that code inside its application waits for; one of them twice, if two do.
+        self.waits: list[Round] = []
+
+    def waits_for(self, other: "Round") -> bool:
+        """Whether it is `other`, or can not end before that has."""
+        seen = {self}
+        stack = [self]
+        while stack:
+            found = stack.pop()
+            if found is other:
+                return True
+            new = [further for further in found.waits if further not in seen]
+            seen.update(new)
+            stack += new
+        return False
 
 
 class Rounds:
@@ -101,15 +125,21 @@ class Rounds:
         self._open: dict[Hashable, Round] = {}
         #: Key to: when it is forgotten, why it passes through if it does, the fields of Vary.
         self._learned: dict[Hashable, tuple[float, Refusal | None, tuple[str, ...]]] = {}
-        self._passed: Counter[str] = Counter()
-        self._unshareable: Counter[str] = Counter()
+        self._passed = dict.fromkeys(Pass, 0)
+        self._unshareable = dict.fromkeys(Refusal, 0)
         self._collapsed = self._released = self._replaced = self._errors = 0
         self._logged: set[type[BaseException]] = set()
         _all_rounds.add(self)
 
     # -- joining and leaving ----------------------------------------------------------------------
 
-    def join(self, request: Request, fields: tuple[str, ...], before: Round | None) -> Round | Pass:
+    def join(
+        self,
+        request: Request,
+        fields: tuple[str, ...],
+        before: Round | None,
+        inside: Round | None,
+    ) -> Round | Pass:
         """Makes a request a follower of its round, which it will lead if it is the first.
 
         Args:
@@ -117,6 +147,10 @@ class Rounds:
             fields: What it was told that answers vary by.
             before: The round that it has waited for before. What the others from there have joined
                 may have a verdict already.
+            inside: The round in whose application the request is made.
+
+        Raises:
+            DeadlockError: Its round waits for the one that it is made in.
         """
         with self._lock:
             _, refusal, learned = self._known(request.key)
@@ -130,6 +164,11 @@ class Rounds:
                 found = self._open[key] = Round(key, request.address)
             elif found.followers >= self.rules.max_waiters:
                 return Pass.WAITERS
+            if inside is not None:
+                if found.waits_for(inside):
+                    names = (inside.name, found.name)
+                    raise DeadlockError(f"{names[0]!r} asks for {names[1]!r}, which waits", names)
+                inside.waits.append(found)
             if before is not None:
                 before.successors.setdefault(key, found)
             found.followers += 1
@@ -141,9 +180,11 @@ class Rounds:
             round_.followers -= 1
             round_.led = True
 
-    def leave(self, round_: Round, *, leader: bool) -> None:
-        """A caller is through with a round."""
+    def leave(self, round_: Round, inside: Round | None, *, leader: bool) -> None:
+        """A caller is through with a round, and what it is made in with waiting for that."""
         with self._lock:
+            if inside is not None:
+                inside.waits.remove(round_)
             if leader:
                 round_.led = False
             else:
@@ -202,7 +243,7 @@ class Rounds:
             if isinstance(verdict, Shared):
                 self._learn(request.key, None, tuple(field for field, _ in verdict.variant))
             else:
-                self._unshareable[verdict.value] += 1
+                self._unshareable[verdict] += 1
                 if verdict is not Refusal.BROKEN:  # that was no answer
                     self._learn(request.key, verdict, ())
             bell = round_.bell
@@ -261,7 +302,7 @@ class Rounds:
     def count_passed(self, reason: Pass) -> None:
         """A request runs by itself."""
         with self._lock:
-            self._passed[reason.value] += 1
+            self._passed[reason] += 1
             if reason is Pass.RELEASED:
                 self._released += 1
 
@@ -275,7 +316,7 @@ class Rounds:
         with self._lock:
             self._errors += 1
             if passed:
-                self._passed[Pass.ERROR.value] += 1
+                self._passed[Pass.ERROR] += 1
             new = type(error) not in self._logged
             self._logged.add(type(error))
         if new:
@@ -285,11 +326,11 @@ class Rounds:
         """The totals."""
         with self._lock:
             return HttpStats(
-                passed=MappingProxyType(dict(self._passed)),
+                passed=_counted(self._passed),
                 collapsed=self._collapsed,
                 released=self._released,
                 replaced=self._replaced,
-                unshareable=MappingProxyType(dict(self._unshareable)),
+                unshareable=_counted(self._unshareable),
                 errors=self._errors,
             )
 
@@ -297,6 +338,10 @@ class Rounds:
         """The threads that waited, or held the lock, are the parent's."""
         self._lock = Lock()
         self._open = {}
+
+
+def _counted(totals: Mapping[Any, int]) -> Mapping[str, int]:
+    return MappingProxyType({reason.value: total for reason, total in totals.items() if total})
 
 
 _NOTHING_LEARNED: tuple[float, Refusal | None, tuple[str, ...]] = (0.0, None, ())
@@ -321,6 +366,8 @@ class Caller:
 
     def __init__(self, rounds: Rounds, request: Request) -> None:
         self.request = request
+        #: The round in whose application it is made, where that is known.
+        self.inside: Round | None = None
         self._rounds = rounds
         self._round: Round | None = None
         #: Rounds of the same variant that it has waited for too long.
@@ -341,7 +388,7 @@ class Caller:
         """The round to wait for; None if the request passes through, which is counted."""
         reason = Pass.RELEASED
         if not self._released:
-            joined = self._rounds.join(self.request, self._fields, self._round)
+            joined = self._rounds.join(self.request, self._fields, self._round, self.inside)
             if isinstance(joined, Round):
                 self._round = joined
                 return joined
@@ -359,7 +406,7 @@ class Caller:
     def leave(self) -> None:
         """The wait for the round is over, however that came about."""
         assert self._round is not None
-        self._rounds.leave(self._round, leader=self._leads)
+        self._rounds.leave(self._round, self.inside, leader=self._leads)
 
     def judge(self, verdict: Verdict | None) -> Shared | None:
         """What a follower gets; None if it has to `join` again.
@@ -384,10 +431,12 @@ class Caller:
             self._fields = tuple({*self._fields, *fields})
         return None
 
-    def reconsider(self, read: Callable[[], tuple[int, Mapping[str, str]]]) -> None:
+    def reconsider(
+        self, read: Callable[..., tuple[int, Mapping[str, str]]], *native: Any
+    ) -> None:
         """Looks at the head of the answer to a request that passed through. Never raises."""
         try:
-            self._rounds.reconsider(self.request, *read())
+            self._rounds.reconsider(self.request, *read(*native))
         except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
             self._rounds.count_error(error, passed=False)
 

@@ -9,7 +9,7 @@ transport's caller asks for the body only after the transport has returned. Need
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Unpack
 
 import httpx
@@ -165,13 +165,15 @@ def _read(adapter: Adapter[Any], request: httpx.Request) -> Request | Pass:
     if refused is not None:
         return refused
     extensions = tuple([repr(request.extensions.get(name)) for name in _EXTENSIONS])
+    fields = fold(_decoded(request.headers))
     return rules.examine(
         request.method,
         url.scheme,
         (url.raw_host, url.port, url.raw_path, extensions),
         url.path,
         request,
-        fold(_decoded(request.headers)),
+        fields,
+        lambda: fields,
     )
 
 
@@ -180,7 +182,11 @@ def _decoded(headers: httpx.Headers) -> list[tuple[str, str]]:
 
 
 def _reconsider(run: Run, response: httpx.Response) -> None:
-    run.caller.reconsider(lambda: (response.status_code, fold(_decoded(response.headers))))
+    run.caller.reconsider(_read_head, response)
+
+
+def _read_head(response: httpx.Response) -> tuple[int, Mapping[str, str]]:
+    return response.status_code, fold(_decoded(response.headers))
 
 
 def _head(run: Run, response: httpx.Response) -> Verdict | None:
@@ -190,7 +196,8 @@ def _head(run: Run, response: httpx.Response) -> Verdict | None:
         if name in response.extensions
     }
     status = (response.status_code, extensions)
-    return run.recording.head(status, response.status_code, _decoded(response.headers))
+    headers = _decoded(response.headers)
+    return run.recording.head(status, response.status_code, fold(headers), lambda: headers)
 
 
 def _copy(shared: Shared) -> httpx.Response:
@@ -280,23 +287,24 @@ class _TaskRun(TaskRun):
         self._response: httpx.Response | None = None
         self._taken: list[bytes] = []
         self._iterator: AsyncIterator[bytes] | None = None
-        #: What ends the leader's own request.
-        self._error: Exception | None = None
         #: The leader's caller has left: nobody takes its answer.
         self._detached = False
 
     async def lead(self) -> Verdict:
         try:
-            verdict = self._finish(await self._record())
+            verdict = await self._record()
         except Exception as error:
-            if self._finish_failed():
+            self.error = error
+            ended = self._finish_failed()
+            if ended is None:
+                self.error = None  # the flight takes it to everybody
                 raise
-            self._error = error
-            assert self.round.verdict is not None
-            verdict = self.round.verdict
+            verdict = ended
         except BaseException:
             self._drop()
             raise
+        else:
+            self._finish(verdict)
         if self._detached:
             self._drop()
         return verdict
@@ -328,15 +336,10 @@ class _TaskRun(TaskRun):
 
     async def response(self) -> httpx.Response:
         """The leader's own answer."""
-        response, error = self._response, self._error
-        self._error = None
-        if error is not None:
-            if response is not None:
-                await response.aclose()
-            try:
-                raise error
-            finally:
-                del error  # or this frame and the error would keep each other alive
+        if self.error is not None and self._response is not None:
+            await self._response.aclose()
+        self.raise_error()
+        response = self._response
         assert response is not None
         if self._iterator is None:
             return response

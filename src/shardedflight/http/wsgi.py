@@ -7,7 +7,7 @@ asks for the parts of a body only after we have returned to it, which we do not 
 have their answer.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias, Unpack
@@ -64,6 +64,7 @@ class CoalesceMiddleware(Adapter[App]):
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, not {app!r}")
         super().__init__(app, routes, shareable, flight, **options)
+        self._watched = _by_key(self._rounds.rules.watched)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answers one request."""
@@ -97,27 +98,43 @@ class CoalesceMiddleware(Adapter[App]):
             return refused
         # The path as it came, where the server tells: gunicorn, uWSGI and mod_wsgi do.
         raw = native.get("RAW_URI") or native.get("REQUEST_URI")
-        verified = native.get("SSL_CLIENT_VERIFY", "NONE") != "NONE"
+        wanted = self._watched
+        watched = {wanted[key]: native[key] for key in wanted.keys() & native.keys()}
+        if watched.get("content-length") == "":  # as good as absent: PEP 3333
+            del watched["content-length"]
         return self._rounds.rules.examine(
             method,
             native.get("wsgi.url_scheme", "http"),
             (script, info, native.get("QUERY_STRING", ""), raw),
             path,
             native,
-            _request_headers(native),
-            identified=verified or any(map(native.get, _IDENTITIES)),
+            watched,
+            partial(_all, native.copy()),
+            identified=_identified(native),
         )
 
 
-def _request_headers(environ: Environ) -> dict[str, str]:
-    found = {
-        name[5:].replace("_", "-").lower(): value
-        for name, value in environ.items()
-        if name.startswith("HTTP_")
-    }
-    if environ.get("CONTENT_LENGTH"):
-        found["content-length"] = environ["CONTENT_LENGTH"]
-    return found
+def _identified(environ: Environ) -> bool:
+    if environ.get("SSL_CLIENT_VERIFY", "NONE") != "NONE":
+        return True
+    return any(map(environ.get, _IDENTITIES))
+
+
+#: The header fields that are not called HTTP_ in the environ, where absent ones may be empty.
+_BARE = ("CONTENT_LENGTH", "CONTENT_TYPE")
+
+
+def _by_key(names: Iterable[str]) -> dict[str, str]:
+    """Header fields by where the environ has them."""
+    keys = {name: name.upper().replace("-", "_") for name in names}
+    return {key if key in _BARE else f"HTTP_{key}": name for name, key in keys.items()}
+
+
+def _all(environ: Environ) -> dict[str, str]:
+    """All header fields, folded: the server has done that."""
+    found = {key: environ[key] for key in _BARE if environ.get(key)}
+    found |= {key[5:]: value for key, value in environ.items() if key.startswith("HTTP_")}
+    return {key.replace("_", "-").lower(): value for key, value in found.items()}
 
 
 def _code(status: str) -> int:
@@ -127,8 +144,12 @@ def _code(status: str) -> int:
 def _start_observed(
     caller: Caller, start_response: StartResponse, status: str, headers: Any, *exc_info: Any
 ) -> Write:
-    caller.reconsider(lambda: (_code(status), fold(headers)))
+    caller.reconsider(_read_head, status, headers)
     return start_response(status, headers, *exc_info)
+
+
+def _read_head(status: str, headers: Any) -> tuple[int, Mapping[str, str]]:
+    return _code(status), fold(headers)
 
 
 class _Run(ThreadRun):
@@ -180,7 +201,8 @@ class _Run(ThreadRun):
             self._start_response(status, headers, exc_info)
         self._head = (status, list(headers), exc_info)
         try:
-            self.recording.head(status, _code(status), self._head[1])
+            given = self._head[1]
+            self.recording.head(status, *_read_head(status, given), lambda: given)
         except Exception as error:  # noqa: BLE001 - the server will say what is wrong with it
             self.rounds.count_error(error, passed=False)
             self.recording.refuse(Refusal.BROKEN)
