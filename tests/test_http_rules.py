@@ -19,9 +19,8 @@ PUBLIC = {"cache-control": "public"}
 
 def request(path: str = "/", rules: Rules = RULES, **headers: str) -> Request:
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
-    examined = rules.examine("GET", "http", (path,), path, None, fields, lambda: fields)
-    assert isinstance(examined, Request)
-    return examined
+    assert rules.refuse(fields) is None
+    return Request(("GET", path), path, lambda: fields, authorized=False, shareable=False)
 
 
 @pytest.mark.parametrize(

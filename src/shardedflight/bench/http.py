@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from shardedflight.bench.basics import FORM, expect
 from shardedflight.bench.measure import Contender, Pair
@@ -94,7 +93,9 @@ class Client:
         end, after = self._taken()
         if after:
             asked = times * len(self._connections)
-            expect(after[case.way] - before.get(case.way, 0), asked, f"requests: {case.point}")
+            expect(
+                after.get(case.way, 0) - before.get(case.way, 0), asked, f"requests: {case.point}"
+            )
         return (end - begin) / (times * len(self._connections))
 
     def _taken(self) -> tuple[int, dict[str, int]]:
@@ -144,8 +145,6 @@ def passing(requests: int) -> Iterator[Sequence[Contender]]:
             floor = stack.enter_context(served(interface, "bare"))
             for case in CASES:
                 ours.ask(case.text)  # the middleware learns, if there is anything to learn
-                pair = Pair(
-                    partial(ours.cost, case, requests), partial(floor.cost, case, requests)
-                )
+                pair = Pair(partial(ours.cost, case, requests), partial(floor.cost, case, requests))
                 contenders.append(Contender(FORM, pair, f"{interface.upper()}, {case.point}"))
         yield contenders

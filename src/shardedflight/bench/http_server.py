@@ -1,4 +1,4 @@
-"""The servers that `http` measures, each in a process of its own: uvicorn for ASGI, cheroot for WSGI.
+"""The servers that `http` measures, each in a process of its own: uvicorn and cheroot.
 
 `python -m shardedflight.bench.http_server asgi middleware` serves on a free port of the loopback
 interface, prints the port, and ends when it is terminated. The application answers at once; on the
@@ -104,15 +104,11 @@ def main(arguments: Sequence[str]) -> None:
         case ["asgi", "bare"]:
             serve_asgi(None)
         case ["asgi", "middleware"]:
-            serve_asgi(
-                asgi.CoalesceMiddleware(answer_asgi, routes=ROUTES, pass_through_time=_LONG)
-            )
+            serve_asgi(asgi.CoalesceMiddleware(answer_asgi, routes=ROUTES, pass_through_time=_LONG))
         case ["wsgi", "bare"]:
             serve_wsgi(None)
         case ["wsgi", "middleware"]:
-            serve_wsgi(
-                wsgi.CoalesceMiddleware(answer_wsgi, routes=ROUTES, pass_through_time=_LONG)
-            )
+            serve_wsgi(wsgi.CoalesceMiddleware(answer_wsgi, routes=ROUTES, pass_through_time=_LONG))
         case _:
             sys.exit("usage: http_server {asgi,wsgi} {bare,middleware}")
 

@@ -104,8 +104,8 @@ class Round:
 
     def waits_for(self, other: "Round") -> bool:
         """Whether it is `other`, or can not end before that has."""
-        seen = {self}
-        stack = [self]
+        seen: set[Round] = {self}
+        stack: list[Round] = [self]
         while stack:
             found = stack.pop()
             if found is other:
@@ -278,17 +278,18 @@ class Rounds:
             return _NOTHING_LEARNED
         return known
 
-    def has_learned(self, request: Request) -> bool:
-        """Whether the key passes through."""
+    def passes(self, request: Request) -> bool:
+        """Whether it passes through at once because of what was learned, which is counted."""
         known = self._learned.get(request.key)  # without the lock: a dict is read in one step
-        return known is not None and known[1] is not None and known[0] > time.monotonic()
+        if known is None or known[1] is None or known[0] <= time.monotonic():
+            return False
+        with self._lock:
+            self._passed[Pass.LEARNED] += 1
+        return True
 
     def reconsider(self, request: Request, code: int, headers: Mapping[str, str]) -> None:
         """A request that passed through gets this answer: the key is good again if that is."""
-        if request.key not in self._learned:
-            return
-        refusal = self.rules.judge(request, code, headers)
-        if refusal is not None:
+        if self.rules.judge(request, code, headers) is not None:
             return
         with self._lock:
             _, reason, _ = self._known(request.key)
@@ -377,13 +378,6 @@ class Caller:
         self._released = False
         self._leads = False
 
-    def passes(self) -> bool:
-        """Whether it passes through at once because of what was learned, which is counted."""
-        if not self._rounds.has_learned(self.request):
-            return False
-        self._rounds.count_passed(Pass.LEARNED)
-        return True
-
     def join(self) -> Round | None:
         """The round to wait for; None if the request passes through, which is counted."""
         reason = Pass.RELEASED
@@ -431,41 +425,51 @@ class Caller:
             self._fields = tuple({*self._fields, *fields})
         return None
 
-    def reconsider(
-        self, read: Callable[..., tuple[int, Mapping[str, str]]], *native: Any
-    ) -> None:
-        """Looks at the head of the answer to a request that passed through. Never raises."""
-        try:
-            self._rounds.reconsider(self.request, *read(*native))
-        except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
-            self._rounds.count_error(error, passed=False)
-
 
 class Adapter(Generic[AppT]):
     """What the adapters share: an application, a flight, the rules, and how it went.
+
+    Args:
+        app: The application, or the transport that sends.
+        routes: What may be collapsed: path prefixes, or a function of what the framework calls a
+            request.
+        shareable: What may be shared without Cache-Control, in the same form.
+        flight: Where the executions are in flight. By default one of its own.
+        **options: See `Options`.
 
     Raises:
         TypeError: An option is of the wrong type.
         ValueError: An option is out of its range.
     """
 
+    #: Whether all requests are one client's: see `Rules`.
+    _one_client = False
+
     def __init__(
         self,
         app: AppT,
-        routes: Where,
-        shareable: Where,
-        flight: ShardedFlight | None,
         *,
-        one_client: bool = False,
+        routes: Where,
+        shareable: Where = (),
+        flight: ShardedFlight | None = None,
         **options: Unpack[Options],
     ) -> None:
+        self._check(app)
         if flight is not None and not isinstance(flight, ShardedFlight):
             raise TypeError(f"flight must be a ShardedFlight or None, not {flight!r}")
-        rules = Rules(routes, shareable, one_client=one_client, **options)
+        rules = Rules(routes, shareable, one_client=self._one_client, **options)
         self._app = app
         self._flight = ShardedFlight(name="http") if flight is None else flight
+        self._rules = rules
         self._rounds = Rounds(rules)
-        self._follower_timeout = rules.follower_timeout
+        self._prepare()
+
+    def _check(self, app: Any) -> None:
+        """Raises TypeError if `app` is of the wrong kind."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Makes what the adapter needs besides, when the options are known to be right."""
 
     @property
     def flight(self) -> ShardedFlight:

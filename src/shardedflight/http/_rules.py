@@ -13,10 +13,11 @@ chooses, each time the stricter way.
 import enum
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 __all__ = [
+    "DECLARES",
     "JUDGED",
     "Options",
     "Pass",
@@ -251,14 +252,21 @@ def _seconds(argument: str) -> int:
 # -- values ---------------------------------------------------------------------------------------
 
 
+#: Without this field an answer is as undeclared as the last one, unless its request is shareable.
+DECLARES = "cache-control"
+
+
 class Request(NamedTuple):
     """A request that may be collapsed. A tuple, because each routed request makes one.
 
     Attributes:
-        key: What makes two requests the same one, the method first.
+        key: What makes two requests the same one: the method, the scheme, path and query as they
+            came, whatever else the adapter knows it by, and the fields that are `Rules.keyed`.
         path: The decoded path.
-        headers: Reads all header fields, folded, as they were when the request came.
-        authorized: It has an Authorization field that is not in the key.
+        headers: Reads all header fields, folded, as they were when the request came: it is called
+            later, when the application may have changed what they came in.
+        authorized: It has an Authorization field, of which the key has only that it is there. It
+            gets what is for everybody, and must not wait for what may not be.
         shareable: Its route needs no Cache-Control.
     """
 
@@ -275,9 +283,8 @@ class Request(NamedTuple):
 
     @property
     def address(self) -> str:
-        """Method and address without the query, for people."""
-        method, scheme, *_, fields = self.key
-        return f"{method} {scheme}://{dict(fields).get('host', '')}{self.path}"
+        """Method and path, for people."""
+        return f"{self.method} {self.path}"
 
     def variant(self, fields: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
         """Its values for the fields that an answer varies by: RFC 9111 section 4.1."""
@@ -401,74 +408,49 @@ class Rules:
         self.max_waiters = _number("max_waiters", max_waiters, whole=True, positive=True)
         self._server_errors = _flag("server_errors", server_errors)
         self._authorization = _flag("authorization", authorization)
-        self._keyed = _KEY_HEADERS.union(_fields("key_headers", key_headers))
         self._credentials = _CREDENTIALS | set(_fields("private_headers", private_headers))
         self._routes = _matcher("routes", routes)
-        self._shareable = _matcher("shareable", shareable)
+        #: Whether the route of a path, or of what a `Where` takes, needs no Cache-Control.
+        self.shareable = _matcher("shareable", shareable)
         self._one_client = one_client
-        self._suspect = _CONDITIONS if one_client else _CONDITIONS | _IDENTITY | self._credentials
-        #: The fields of a request that decide whether it may be collapsed, and as what. With
-        #: `one_client`, all do.
-        self.watched = self._suspect | self._keyed
+        #: The fields of a request that may keep it from being collapsed, and those in its key: all,
+        #: with `one_client`.
+        self.suspect = _CONDITIONS if one_client else _CONDITIONS | _IDENTITY | self._credentials
+        self.keyed = _KEY_HEADERS.union(_fields("key_headers", key_headers))
 
     def admit(self, method: str, path: str, native: Any) -> Pass | None:
-        """What can be said before the header fields are read."""
+        """What can be said before the header fields are read.
+
+        Args:
+            method: The method.
+            path: The decoded path.
+            native: What a `Where` that is a function takes.
+        """
         if not self._routes(path, native):
             return Pass.ROUTE
         return None if method in ("GET", "HEAD") else Pass.METHOD
 
-    def examine(
-        self,
-        method: str,
-        scheme: str,
-        target: tuple[Hashable, ...],
-        path: str,
-        native: Any,
-        watched: Mapping[str, str],
-        headers: Callable[[], Mapping[str, str]],
-        *,
-        identified: bool = False,
-    ) -> Request | Pass:
-        """Whether a request that was admitted may be collapsed, and as what.
+    def refuse(self, suspect: Mapping[str, str], *, identified: bool = False) -> Pass | None:
+        """Why a request that was admitted may not be collapsed; None if it may.
 
         Args:
-            method: The method.
-            scheme: The scheme.
-            target: Path and query as they came, and whatever else the adapter knows it by.
-            path: The decoded path.
-            native: What a `Where` that is a function takes.
-            watched: The folded header fields that are `watched`; with `one_client`, all.
-            headers: Reads all header fields, folded. It is called later, when the application may
-                have changed what the request came with.
+            suspect: The folded header fields, those that are `suspect` or more.
             identified: The connection itself says who asks: a certificate, a login.
         """
-        authorized = False
-        if identified or not self._suspect.isdisjoint(watched):
-            refused = self._refused(watched, identified=identified)
-            if refused is not None:
-                return refused
-            if not self._one_client:
-                authorized = "authorization" in watched
-                watched = {name: watched[name] for name in self._keyed.intersection(watched)}
-        # The order of the fields makes no difference.
-        key = (method, scheme, target, authorized, frozenset(watched.items()))
-        return Request(key, path, headers, authorized, self._shareable(path, native))
-
-    def _refused(self, watched: Mapping[str, str], *, identified: bool) -> Pass | None:
-        if watched.get("content-length", "0") != "0" or "transfer-encoding" in watched:
+        if suspect.get("content-length", "0") != "0" or "transfer-encoding" in suspect:
             return Pass.BODY
         if not self._one_client:
-            if "authorization" in watched and not self._authorization:
+            if "authorization" in suspect and not self._authorization:
                 return Pass.AUTHORIZATION
-            if "cookie" in watched:
+            if "cookie" in suspect:
                 return Pass.COOKIE
-            if identified or not self._credentials.isdisjoint(watched):
+            if identified or not self._credentials.isdisjoint(suspect):
                 return Pass.CREDENTIALS
-        if "range" in watched:
+        if "range" in suspect:
             return Pass.RANGE
-        if "upgrade" in watched:
+        if "upgrade" in suspect:
             return Pass.UPGRADE
-        if "cache-control" in watched and _forbids_storing(watched["cache-control"]):
+        if "cache-control" in suspect and _forbids_storing(suspect["cache-control"]):
             return Pass.NO_STORE
         return None
 

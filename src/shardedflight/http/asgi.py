@@ -20,12 +20,10 @@ from collections.abc import (
     MutableMapping,
 )
 from functools import partial
-from typing import Any, TypeAlias, Unpack
+from typing import Any, TypeAlias
 
-from shardedflight import ShardedFlight
-
-from ._rounds import Adapter, Caller
-from ._rules import JUDGED, Options, Pass, Refusal, Request, Shared, Verdict, Where, fold
+from ._rounds import Adapter, Caller, Rounds
+from ._rules import DECLARES, JUDGED, Pass, Refusal, Request, Shared, Verdict, fold
 from ._run import TaskRun
 
 __all__ = ["CoalesceMiddleware"]
@@ -55,8 +53,7 @@ class CoalesceMiddleware(Adapter[App]):
     Args:
         app: The application.
         routes: What may be collapsed: path prefixes, or a function of the scope.
-        shareable: What may be shared without Cache-Control: path prefixes, or a function of the
-            scope.
+        shareable: What may be shared without Cache-Control, in the same form.
         flight: Where the executions are in flight. By default one of its own.
         **options: See `Options`.
 
@@ -65,19 +62,12 @@ class CoalesceMiddleware(Adapter[App]):
         ValueError: An option is out of its range.
     """
 
-    def __init__(
-        self,
-        app: App,
-        *,
-        routes: Where,
-        shareable: Where = (),
-        flight: ShardedFlight | None = None,
-        **options: Unpack[Options],
-    ) -> None:
+    def _check(self, app: Any) -> None:
         if not callable(app):
             raise TypeError(f"app must be an ASGI application, not {app!r}")
-        super().__init__(app, routes, shareable, flight, **options)
-        self._watched = _by_raw_name(self._rounds.rules.watched)
+
+    def _prepare(self) -> None:
+        self._watched = _by_raw_name(self._rules.suspect | self._rules.keyed)
         #: What runs for nobody's request: a loop holds its tasks weakly. Sets change atomically.
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -87,52 +77,63 @@ class CoalesceMiddleware(Adapter[App]):
         if request is None:
             await self._app(scope, receive, send)
             return
-        caller = Caller(self._rounds, request)
-        if caller.passes():
-            await self._app(scope, receive, partial(_send_observed, caller, send))
+        if self._rounds.passes(request):
+            await self._app(scope, receive, partial(_send_observed, self._rounds, request, send))
             return
         client = _Client(receive)
         if not await client.begin():
             self._rounds.count_passed(Pass.GONE if client.gone else Pass.BODY)
             await self._app(scope, client.receive, send)
             return
-        run = _Run(self, caller, scope, client, send)
+        run = _Run(self, Caller(self._rounds, request), scope, client, send)
         try:
             answer = await run.fly(self._flight)
+            messages = () if answer is None else _messages(answer)
         except Exception as error:
             if run.failed:
                 run.detach()
                 raise
-            self._rounds.count_error(error)
-            answer = None
+            self._rounds.count_error(error, passed=not run.begun)
+            messages = ()
         except BaseException:
             run.detach()
             raise
         if run.begun:
             await run.finish()
-        elif answer is not None:
-            await _answer(answer, send)
+        elif messages:
+            for message in messages:
+                await send(message)
         elif not run.gone:
-            await self._app(scope, client.receive, partial(_send_observed, caller, send))
+            observed = partial(_send_observed, self._rounds, request, send)
+            await self._app(scope, client.receive, observed)
 
     def _read(self, native: Scope) -> Request | Pass:
         method, path = native["method"], native["path"]
-        refused = self._rounds.rules.admit(method, path, native)
+        rules = self._rules
+        refused = rules.admit(method, path, native)
         if refused is not None:
             return refused
         headers = native["headers"]
-        watched = _some(headers, self._watched)
-        raw_path = native.get("raw_path") or path
-        return self._rounds.rules.examine(
+        fields = _pick(headers, self._watched)
+        identified = "extensions" in native and _identified(native)
+        authorized = False
+        if identified or not rules.suspect.isdisjoint(fields):
+            refused = rules.refuse(_text(fields), identified=identified)
+            if refused is not None:
+                return refused
+            authorized = "authorization" in fields
+            fields = {name: fields[name] for name in rules.keyed & fields.keys()}
+        key = (
             method,
             native.get("scheme", "http"),
-            (native.get("root_path", ""), raw_path, native.get("query_string", b"")),
-            path,
-            native,
-            watched,
-            partial(_all, [*headers]),
-            identified=_identified(native),
+            native.get("root_path", ""),
+            native.get("raw_path") or path,
+            native.get("query_string", b""),
+            frozenset(fields.items()),  # their order makes no difference
+            authorized,
         )
+        read = partial(_all, [*headers])
+        return Request(key, path, read, authorized, rules.shareable(path, native))
 
     def _keep(self, task: "asyncio.Task[None]") -> None:
         """Holds a task to its end."""
@@ -164,19 +165,22 @@ def _by_raw_name(names: Iterable[str]) -> dict[bytes, str]:
 _JUDGED = _by_raw_name(JUDGED)
 
 
-def _some(headers: Any, wanted: Mapping[bytes, str]) -> Mapping[str, str]:
-    """The folded fields that are wanted. Most of a browser's fields are not even decoded.
-
-    May be more than is wanted, where names are not in lower case or not all different.
-    """
-    number = len(headers)  # an iterator has none, and is not used up
+def _pick(headers: Any, wanted: Mapping[bytes, str]) -> dict[str, bytes]:
+    """The folded fields that are wanted. Most of a browser's fields decide nothing."""
+    len(headers)  # an iterator has none, and is not used up
     try:
-        found: dict[bytes, bytes] = dict(headers)
+        pairs = [(wanted[low], value) for n, value in headers if (low := n.lower()) in wanted]
+        found: dict[str, bytes] = dict(pairs)
+        if len(found) == len(pairs):
+            return found
     except TypeError:  # a name that is no bytes, but like them
-        found = {}
-    if len(found) == number and b"".join(found).islower():
-        return {wanted[n]: str(found[n], "latin-1") for n in wanted.keys() & found.keys()}
-    return _all(headers)
+        pass
+    folded = _all(headers)
+    return {name: folded[name].encode("latin-1") for name in wanted.values() if name in folded}
+
+
+def _text(found: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: str(value, "latin-1") for name, value in found.items()}
 
 
 def _all(headers: Any) -> Mapping[str, str]:
@@ -195,22 +199,28 @@ def _rereadable(message: Message) -> Message:
     return {**message, "headers": [*headers]}
 
 
-async def _answer(shared: Shared, send: Send) -> None:
+def _messages(shared: Shared) -> tuple[Message, ...]:
+    """A follower's answer."""
     headers = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in shared.headers]
-    await send({"type": "http.response.start", "status": shared.status, "headers": headers})
-    await send({"type": "http.response.body", "body": shared.body})
+    return (
+        {"type": "http.response.start", "status": shared.status, "headers": headers},
+        {"type": "http.response.body", "body": shared.body},
+    )
 
 
-def _send_observed(caller: Caller, send: Send, message: Message) -> Awaitable[None]:
+def _send_observed(
+    rounds: Rounds, request: Request, send: Send, message: Message
+) -> Awaitable[None]:
     # No coroutine of its own: every message of what passes through comes by.
     if message["type"] == "http.response.start":
         message = _rereadable(message)
-        caller.reconsider(_read_head, message)
+        try:
+            judged = _pick(message.get("headers", ()), _JUDGED)
+            if request.shareable or DECLARES in judged:
+                rounds.reconsider(request, message["status"], _text(judged))
+        except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
+            rounds.count_error(error, passed=False)
     return send(message)
-
-
-def _read_head(message: Message) -> tuple[int, Mapping[str, str]]:
-    return message["status"], _some(message.get("headers", ()), _JUDGED)
 
 
 class _Client:
@@ -384,7 +394,8 @@ class _Run(TaskRun):
     def _send(self, message: Message) -> Awaitable[None]:
         # No coroutine of its own where the server's will do.
         if not self._decided:
-            message = _rereadable(message)
+            if message["type"] == "http.response.start":
+                message = _rereadable(message)
             self._record(message)
         if self._detached:
             return _nothing()
@@ -413,10 +424,9 @@ class _Run(TaskRun):
             if kind == "http.response.start":
                 headers = message.get("headers", ())
                 status = message["status"]
-                judged = _some(headers, _JUDGED)
-                verdict = self.recording.head(
-                    status, status, judged, partial(_decoded, [*headers])
-                )
+                judged = _text(_pick(headers, _JUDGED))
+                read = partial(_decoded, [*headers])
+                verdict = self.recording.head(status, status, judged, read)
                 if message.get("trailers"):
                     verdict = self.recording.refuse(Refusal.EXTENSION)
             elif kind == "http.response.body":
