@@ -166,8 +166,10 @@ class Rounds:
                 return Pass.WAITERS
             if inside is not None:
                 if found.waits_for(inside):
-                    names = (inside.name, found.name)
-                    raise DeadlockError(f"{names[0]!r} asks for {names[1]!r}, which waits", names)
+                    raise DeadlockError(
+                        f"{inside.name!r} asks for {found.name!r}, which waits for it",
+                        (inside.name, found.name),
+                    )
                 inside.waits.append(found)
             if before is not None:
                 before.successors.setdefault(key, found)

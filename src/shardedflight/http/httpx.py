@@ -49,7 +49,27 @@ class _Transport(Adapter[TransportT]):
         raise NotImplementedError
 
     def _read(self, native: httpx.Request) -> Request | Pass:
-        return _read(self, native)
+        rules = self._rules
+        url = native.url
+        refused = rules.admit(native.method, url.path, native)
+        if refused is not None:
+            return refused
+        extensions = tuple([repr(native.extensions.get(name)) for name in _EXTENSIONS])
+        fields = fold(_decoded(native.headers))
+        refused = rules.refuse(fields)
+        if refused is not None:
+            return refused
+        key = (
+            native.method,
+            url.scheme,
+            url.raw_host,
+            url.port,
+            url.raw_path,
+            extensions,
+            frozenset(fields.items()),
+        )
+        shareable = rules.shareable(url.path, native)
+        return Request(key, url.path, lambda: fields, authorized=False, shareable=shareable)
 
 
 class CoalesceTransport(_Transport[httpx.BaseTransport], httpx.BaseTransport):
@@ -162,30 +182,6 @@ class AsyncCoalesceTransport(_Transport[httpx.AsyncBaseTransport], httpx.AsyncBa
         task = asyncio.get_running_loop().create_task(response.aclose())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _read(adapter: Adapter[Any], request: httpx.Request) -> Request | Pass:
-    rules = adapter._rules
-    url = request.url
-    refused = rules.admit(request.method, url.path, request)
-    if refused is not None:
-        return refused
-    extensions = tuple([repr(request.extensions.get(name)) for name in _EXTENSIONS])
-    fields = fold(_decoded(request.headers))
-    refused = rules.refuse(fields)
-    if refused is not None:
-        return refused
-    key = (
-        request.method,
-        url.scheme,
-        url.raw_host,
-        url.port,
-        url.raw_path,
-        extensions,
-        frozenset(fields.items()),
-    )
-    shareable = rules.shareable(url.path, request)
-    return Request(key, url.path, lambda: fields, authorized=False, shareable=shareable)
 
 
 def _decoded(headers: httpx.Headers) -> list[tuple[str, str]]:
