@@ -544,7 +544,10 @@ def test_an_application_that_says_nothing_releases_its_followers() -> None:
 
 
 def test_nonsense_from_the_application_reaches_the_server_as_it_is() -> None:
-    message = {"type": "http.response.start", "status": 200, "headers": [("text", "no bytes")]}
+    """A follower can not be given a copy of it, so it runs by itself."""
+    headers = [*CACHED, ("text", "no bytes")]
+    message = {"type": "http.response.start", "status": 200, "headers": headers}
+    body = {"type": "http.response.body", "body": b"nonsense"}
 
     async def main() -> None:
         gate = asyncio.Event()
@@ -552,14 +555,16 @@ def test_nonsense_from_the_application_reaches_the_server_as_it_is() -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             await gate.wait()
             await send(message)
+            await send(body)
 
         middleware = CoalesceMiddleware(app, routes=["/"])
         both = [Exchange(middleware), Exchange(middleware)]
         await waiting(middleware, 1)
         gate.set()
         for exchange in both:
-            assert (await exchange.done()).sent == [message]
-        assert middleware.stats().errors >= 1
+            assert (await exchange.done()).sent == [message, body]
+        assert middleware.stats().errors == 1
+        assert middleware.stats().passed == {"error": 1}
 
     run(main)
 
@@ -583,6 +588,104 @@ def test_a_request_for_its_own_address_inside_the_application_passes_through() -
         assert (await Exchange(middleware, outer=True).done()).body == b"inner"
         assert inner == [b"inner"]
         assert middleware.stats().errors == 1
+
+    run(main)
+
+
+@pytest.mark.parametrize("cycle", [2, 3])
+def test_keys_that_wait_for_each_other_inside_the_application_pass_through(cycle: int) -> None:
+    """Each one's application asks for the next. The last would wait for all: it runs by itself."""
+
+    async def main() -> None:
+        runs: list[int] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            number = scope["number"]
+            runs.append(number)
+            body = b"%d" % number
+            if len(runs) <= cycle:
+                following = (number + 1) % cycle
+                path = b"/%d" % following
+                inner = Exchange(middleware, raw_path=path, number=following)
+                body += (await inner.done()).body
+            await send({"type": "http.response.start", "status": 200, "headers": CACHED})
+            await send({"type": "http.response.body", "body": body})
+
+        # Were it not noticed, the follower's timeout would come after the test's.
+        middleware = CoalesceMiddleware(app, routes=["/"], follower_timeout=2 * PATIENCE)
+        first = await Exchange(middleware, raw_path=b"/0", number=0).done()
+        assert first.body == b"".join(b"%d" % n for n in (*range(cycle), 0))
+        assert middleware.stats().errors == 1
+        assert middleware.stats().passed == {"error": 1}
+        assert middleware._rounds._open == {}
+
+    run(main)
+
+
+def test_headers_that_can_be_read_only_once_reach_server_and_followers() -> None:
+    """ASGI allows any iterable of fields."""
+
+    async def main() -> None:
+        gate = asyncio.Event()
+        fields = [(b"x-one", b"1")]
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await gate.wait()
+            headers = iter([*fields, *CACHED[: scope["cached"]]])
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"mine"})
+
+        middleware = CoalesceMiddleware(app, routes=["/"])
+        both = [Exchange(middleware, cached=1), Exchange(middleware, cached=1)]
+        await waiting(middleware, 1)
+        gate.set()
+        for exchange in both:
+            assert (b"x-one", b"1") in list((await exchange.done()).sent[0]["headers"])
+        for _ in range(2):  # leads, and then passes through
+            other = await Exchange(middleware, raw_path=b"/other", cached=0).done()
+            assert list(other.sent[0]["headers"]) == fields
+        assert middleware.stats().passed == {"learned": 1}
+        assert middleware.stats().errors == 0
+
+    run(main)
+
+
+def test_names_in_capitals_are_read_all_the_same() -> None:
+    """No server sends them. If one did, a cookie must not be overlooked."""
+
+    async def main() -> None:
+        app = App([(b"Cache-Control", b"max-age=60"), (b"Set-Cookie", b"a=b")])
+        app.gate.set()
+        middleware = CoalesceMiddleware(app, routes=["/"])
+        await Exchange(middleware, headers=[(b"host", b"here"), (b"COOKIE", b"a=b")]).done()
+        await Exchange(middleware).done()
+        assert middleware.stats().passed == {"cookie": 1}
+        assert middleware.stats().unshareable == {"set-cookie": 1}
+
+    run(main)
+
+
+def test_the_key_is_what_came_whatever_the_application_makes_of_it() -> None:
+    """An inner middleware changes the list of fields in place, before the answer says Vary."""
+
+    async def main() -> None:
+        gate = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            body = dict(scope["headers"])[b"x-a"]
+            await gate.wait()
+            scope["headers"][:] = [(b"x-a", b"changed")]
+            headers = [*CACHED, (b"vary", b"x-a")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+        middleware = CoalesceMiddleware(app, routes=["/"])
+        values = [b"1", b"1", b"changed"]
+        all_ = [Exchange(middleware, headers=[(b"x-a", value)]) for value in values]
+        await waiting(middleware, 2)
+        gate.set()
+        assert [(await exchange.done()).body for exchange in all_] == values
+        assert middleware.stats().collapsed == 1
 
     run(main)
 

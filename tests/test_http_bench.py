@@ -1,20 +1,20 @@
-"""The benchmark of what passes through runs. Its figures are not judged."""
-
-import os
-import subprocess
-import sys
+"""The benchmark of what passes through the middlewares: it measures what it says."""
 
 import pytest
 
+pytest.importorskip("rich", reason="the extra `bench` is not installed")
 pytest.importorskip("uvicorn", reason="the extra `bench` is not installed")
+pytest.importorskip("cheroot", reason="the extra `bench` is not installed")
+
+from shardedflight.bench import http
 
 
-def test_every_case_is_measured() -> None:
-    command = [sys.executable, "-m", "shardedflight.bench.http", "--rounds=2", "--seconds=0.01"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=60, env=environment
-    )
-    assert (run.returncode, run.stderr) == (0, "")
-    assert len(run.stdout.splitlines()) == 4
-    assert run.stdout.count("requests/s with the middleware") == 4
+@pytest.mark.parametrize("interface", ["asgi", "wsgi"])
+def test_requests_that_go_another_way_are_refused(interface: str) -> None:
+    cookie = http.CASES[1]
+    with http.served(interface, "middleware") as ours, http.served(interface, "bare") as floor:
+        assert ours.cost(cookie, 20) > 0
+        assert floor.cost(cookie, 20) > 0
+        wrong = http.Case("a cookie", http.CASES[0].text, cookie.way)
+        with pytest.raises(RuntimeError, match="requests: a cookie"):
+            ours.cost(wrong, 20)

@@ -337,6 +337,16 @@ def test_authorization_with_any_other_answer(kind: str, headers: list[tuple[str,
         assert s.stats.unshareable == {"authorization": 1}
 
 
+@pytest.mark.parametrize("control", ["max-age=0", "no-cache"])
+def test_a_reload_joins_a_first_look(kind: str, control: str) -> None:
+    """What a browser adds then is in no key."""
+    with site(kind) as s:
+        leader = s.lead()
+        followers = s.follow(["f"], headers=[("Cache-Control", control)])
+        s.origin.gate.set()
+        assert results(followers)["f"].body == leader.result(PATIENCE).body == "leader"
+
+
 def test_authorization_never_joins_an_anonymous_request(kind: str) -> None:
     with site(kind, authorization=True) as s:
         first, second = s.lead("anonymous"), s.lead("known", headers=BEARER)
@@ -635,6 +645,65 @@ def failing(_: Any) -> bool:
     raise Broken("on purpose")
 
 
+def endless(_: Any) -> bool:
+    return endless(_)
+
+
+class RefusingFlight(ShardedFlight):
+    """Goes wrong before it has called anything."""
+
+    def do(self, fn: Any, /, *parts: Any, timeout: float | None = None) -> Any:
+        raise Broken("on purpose")
+
+    async def do_async(self, fn: Any, /, *parts: Any) -> Any:
+        raise Broken("on purpose")
+
+
+class LosingFlight(ShardedFlight):
+    """Goes wrong when all is done."""
+
+    def do(self, fn: Any, /, *parts: Any, timeout: float | None = None) -> Any:
+        super().do(fn, *parts, timeout=timeout)
+        raise Broken("on purpose")
+
+    async def do_async(self, fn: Any, /, *parts: Any) -> Any:
+        await super().do_async(fn, *parts)
+        raise Broken("on purpose")
+
+
+@pytest.mark.parametrize("option", ["routes", "shareable", "hash", "build_key"])
+def test_a_hook_that_calls_itself_without_end_passes_through(kind: str, option: str) -> None:
+    options: dict[str, Any] = {option: endless}
+    if option in ("hash", "build_key"):
+        options = {"flight": ShardedFlight(**options)}
+    with site(kind, **options) as s:
+        s.origin.gate.set()
+        answer = s.ask("a").result(PATIENCE)
+        assert (answer.status, answer.body) == (200, "a")
+        assert s.stats.passed == {"error": 1}
+
+
+def test_a_flight_that_loses_what_it_had_costs_nobody_an_answer(kind: str) -> None:
+    """The leader has its own answer already, and followers run by themselves."""
+    with site(kind, flight=LosingFlight()) as s:
+        leader = s.lead()
+        followers = s.follow(["a", "b"])
+        s.origin.gate.set()
+        assert leader.result(PATIENCE).body == "leader"
+        answers = results(followers)
+        assert {caller: answer.body for caller, answer in answers.items()} == {"a": "a", "b": "b"}
+        eventually(lambda: s.stats.errors == 3)  # the leader's comes when its answer is sent
+        assert s.stats.passed == {"error": 2}
+        assert len(s.origin.runs) == 3
+
+
+def test_a_flight_that_loses_what_it_had_does_not_hide_the_applications_error(kind: str) -> None:
+    with site(kind, Origin(lambda _: Reply(error=Failure())), flight=LosingFlight()) as s:
+        s.origin.gate.set()
+        assert s.ask().result(PATIENCE).status == 500
+        assert s.origin.runs == ["somebody"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -642,8 +711,9 @@ def failing(_: Any) -> bool:
         {"shareable": failing},
         {"flight": ShardedFlight(hash=failing)},
         {"flight": ShardedFlight(build_key=failing)},
+        {"flight": RefusingFlight()},
     ],
-    ids=["routes", "shareable", "hash", "build_key"],
+    ids=["routes", "shareable", "hash", "build_key", "flight"],
 )
 def test_what_goes_wrong_inside_passes_through(
     kind: str, options: Any, caplog: pytest.LogCaptureFixture

@@ -1,7 +1,7 @@
 """What is compared with what: the list of all benchmarks. `targets.py` has the figures to reach."""
 
 from shardedflight import ShardedFlight
-from shardedflight.bench import following, leading, memory, peers
+from shardedflight.bench import following, http, leading, memory, peers
 from shardedflight.bench.basics import constant_async, suspends_once
 from shardedflight.bench.measure import Benchmark, Prepare, Unit
 
@@ -138,6 +138,17 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
             operations=operations(500_000),
             rounds=rounds(9),
             prepare=leading.among(points(1_000, 10_000, 100_000, 1_000_000)),
+        ),
+        Benchmark(
+            name="http",
+            what="a request through the middleware that is not collapsed, as its server's time",
+            against="the same to the same application without the middleware",
+            blind_to="an application that does anything: this one answers at once, so its share "
+            "of a real request is smaller; what the system does for a connection",
+            unit=Unit.NANOSECONDS,
+            operations=operations(800),
+            rounds=rounds(31),
+            prepare=http.passing,
         ),
         Benchmark(
             name="memory-do",

@@ -1,40 +1,48 @@
-"""What a request costs that goes through the ASGI middleware and is not collapsed.
+"""What a request costs that goes through a middleware and is not collapsed.
 
-The aim is at most 10 % of the throughput for what passes through.
-
-Two uvicorn processes serve the same application, one with the middleware around it. The same
-clients, each on a connection of its own, ask both in rounds that alternate; a round's figure is the
-ratio of the two throughputs. Run it with `python -m shardedflight.bench.http`.
-
-Blind to: an application that does anything. This one answers at once, so that the share of the
-middleware in a real request is smaller than here.
+Two processes serve the same application, one with the middleware around it. The same client asks
+both, with a request under way on each of its connections. What is measured is the processor time of
+the server for each request: the throughput of a server that is busy is its inverse.
 """
 
-import argparse
 import contextlib
+import json
 import socket
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
-import uvicorn
+from shardedflight.bench.basics import FORM, expect
+from shardedflight.bench.measure import Contender, Pair
 
-from shardedflight.http.asgi import CoalesceMiddleware
 
-#: What the requests of a case begin with. `{}` is the number of the connection: where requests may
-#: be collapsed, each connection asks for something of its own.
-CASES = {
-    "passes through: a route that is not named": "GET /other HTTP/1.1\r\n",
-    "passes through: a cookie": "GET /item HTTP/1.1\r\nCookie: a=b\r\n",
-    "passes through: a key known to be unshareable": "GET /item HTTP/1.1\r\n",
-    "leads, and nobody follows (no aim)": "GET /public?{} HTTP/1.1\r\n",
-}
+@dataclass(frozen=True)
+class Case:
+    """A kind of request.
+
+    Attributes:
+        point: Its name on the dashboard.
+        text: What the request begins with. `{}` is the number of the connection: where requests
+            may be collapsed, each connection asks for something of its own.
+        way: What the middleware counts it as.
+    """
+
+    point: str
+    text: str
+    way: str
+
+
+CASES = (
+    Case("a route that is not named", "GET /other HTTP/1.1\r\n", "route"),
+    Case("a cookie", "GET /item HTTP/1.1\r\nCookie: a=b\r\n", "cookie"),
+    Case("a key known to be unshareable", "GET /item HTTP/1.1\r\n", "learned"),
+    Case("a leader that nobody follows", "GET /public?{} HTTP/1.1\r\n", "led"),
+)
 
 #: As many fields as a browser sends.
-FIELDS = "".join(
+_FIELDS = "".join(
     f"{name}: {value}\r\n"
     for name, value in (
         ("Host", "127.0.0.1"),
@@ -52,102 +60,91 @@ FIELDS = "".join(
 )
 
 CONNECTIONS = 16
-BODY = b"x" * 100
+
+#: Bytes of the body of each answer.
+_LENGTH = 250
 
 
-async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers at once, below /public for sharing."""
-    headers = [(b"content-length", b"100"), (b"content-type", b"text/plain")]
-    if scope["path"] == "/public":
-        headers.append((b"cache-control", b"public"))
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": BODY})
+class Client:
+    """Connections to a process that serves one side."""
+
+    def __init__(self, connections: Sequence[socket.socket]) -> None:
+        self._connections = connections
+
+    def ask(self, text: str, times: int = 1) -> bytes:
+        """Sends a request on each connection, so many times. Returns the last body."""
+        requests = [
+            f"{text.format(number)}{_FIELDS}\r\n".encode()
+            for number in range(len(self._connections))
+        ]
+        body = b""
+        for _ in range(times):
+            for connection, request in zip(self._connections, requests, strict=True):
+                connection.sendall(request)
+            for connection in self._connections:
+                body = _body(connection)
+        return body
+
+    def cost(self, case: Case, requests: int) -> float:
+        """Returns the server's nanoseconds for each of so many requests, or some more."""
+        times = -(-requests // len(self._connections))
+        begin, before = self._taken()
+        self.ask(case.text, times)
+        end, after = self._taken()
+        if after:
+            asked = times * len(self._connections)
+            expect(
+                after.get(case.way, 0) - before.get(case.way, 0), asked, f"requests: {case.point}"
+            )
+        return (end - begin) / (times * len(self._connections))
+
+    def _taken(self) -> tuple[int, dict[str, int]]:
+        """The server's clock, and how many requests went which way."""
+        clock, counts = json.loads(Client(self._connections[:1]).ask("GET /clock HTTP/1.1\r\n"))
+        return clock, counts
 
 
-def serve(side: str) -> None:
-    """Serves on a free port of the loopback interface, which is printed, until stdin is closed."""
-    app: Any = application
-    if side == "middleware":
-        # A key stays unshareable for as long as the measurement may take.
-        app = CoalesceMiddleware(application, routes=["/item", "/public"], pass_through_time=3600)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="error", access_log=False, lifespan="off")
-    )
-    sys.stdout.write(f"{listener.getsockname()[1]}\n")
-    sys.stdout.flush()
-    server.run(sockets=[listener])
+def _body(connection: socket.socket) -> bytes:
+    received = b""
+    while True:
+        more = connection.recv(65536)
+        if not more:
+            raise ConnectionError("the server has closed a connection")
+        received += more
+        _, end, body = received.partition(b"\r\n\r\n")
+        if end and len(body) >= _LENGTH:
+            return body
 
 
 @contextlib.contextmanager
-def served(side: str) -> Iterator[list[socket.socket]]:
-    """Connections to a process that serves one side."""
-    command = [sys.executable, "-m", "shardedflight.bench.http", "--serve", side]
+def served(interface: str, side: str) -> Iterator[Client]:
+    """Connections to a process that serves one side of one interface."""
+    command = [sys.executable, "-m", "shardedflight.bench.http_server", interface, side]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
         try:
             assert process.stdout is not None
             port = int(process.stdout.readline())
             with contextlib.ExitStack() as stack:
-                yield [
-                    stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-                    for _ in range(CONNECTIONS)
-                ]
+                yield Client(
+                    [
+                        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                        for _ in range(CONNECTIONS)
+                    ]
+                )
         finally:
             process.terminate()
 
 
-def throughput(connections: Sequence[socket.socket], text: str, seconds: float) -> float:
-    """Requests per second, one under way on each connection."""
-    requests = [f"{text.format(number)}{FIELDS}\r\n".encode() for number in range(len(connections))]
-    answered = 0
-    begin = time.perf_counter()
-    while (elapsed := time.perf_counter() - begin) < seconds or not answered:
-        for connection, request in zip(connections, requests, strict=True):
-            connection.sendall(request)
-        for connection in connections:
-            answer = b""
-            while not answer.endswith(BODY):
-                received = connection.recv(65536)
-                if not received:
-                    raise ConnectionError("the server has closed a connection")
-                answer += received
-        answered += len(connections)
-    return answered / elapsed
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Measures, prints one line for each case, and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m shardedflight.bench.http", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of each case")
-    parser.add_argument(
-        "--seconds", type=float, default=0.5, help="seconds of each side of a round"
-    )
-    parser.add_argument("--serve", choices=["bare", "middleware"], help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.serve:
-        serve(options.serve)
-        return 0
-    with served("middleware") as ours, served("bare") as floor:
-        sides = {"ours": ours, "floor": floor}
-        for case, text in CASES.items():
-            for connections in sides.values():
-                throughput(connections, text, options.seconds)
-            rounds: list[dict[str, float]] = []
-            for number in range(options.rounds):
-                order = list(sides) if number % 2 else list(sides)[::-1]
-                rounds.append(
-                    {side: throughput(sides[side], text, options.seconds) for side in order}
-                )
-            cost = 1 - statistics.median(one["ours"] / one["floor"] for one in rounds)
-            ours_median, floor_median = (
-                statistics.median(one[side] for one in rounds) for side in ("ours", "floor")
-            )
-            sys.stdout.write(
-                f"{case}: {ours_median:,.0f} requests/s with the middleware, "
-                f"{floor_median:,.0f} without: costs {cost:.1%} of the throughput\n"
-            )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+@contextlib.contextmanager
+def passing(requests: int) -> Iterator[Sequence[Contender]]:
+    """Prepares the benchmark of requests that are not collapsed."""
+    with contextlib.ExitStack() as stack:
+        contenders: list[Contender] = []
+        for interface in ("asgi", "wsgi"):
+            ours = stack.enter_context(served(interface, "middleware"))
+            floor = stack.enter_context(served(interface, "bare"))
+            for case in CASES:
+                ours.ask(case.text)  # the middleware learns, if there is anything to learn
+                pair = Pair(partial(ours.cost, case, requests), partial(floor.cost, case, requests))
+                contenders.append(Contender(FORM, pair, f"{interface.upper()}, {case.point}"))
+        yield contenders

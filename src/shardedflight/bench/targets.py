@@ -57,6 +57,8 @@ def target_of(
             return Target(300)
         case "memory-empty", _:
             return Target(65_536)
+        case "http", _ if "a leader" not in point:
+            return Target(1 / 0.9)  # 10 % of the throughput
         case "scaling", _ if not gil and python >= (3, 14):
             return _FREE_THREADED.get(point)
         case _:

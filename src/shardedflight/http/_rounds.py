@@ -20,14 +20,13 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, Unpack
 
-from shardedflight import ShardedFlight
+from shardedflight import DeadlockError, ShardedFlight
 
 from ._rules import Options, Pass, Refusal, Request, Rules, Shared, Verdict, Where, names
 
@@ -70,7 +69,17 @@ class HttpStats:
 class Round:
     """One execution and those who wait for it. `Rounds` changes it, under its lock."""
 
-    __slots__ = ("bell", "failed", "followers", "key", "led", "name", "successors", "verdict")
+    __slots__ = (
+        "bell",
+        "failed",
+        "followers",
+        "key",
+        "led",
+        "name",
+        "successors",
+        "verdict",
+        "waits",
+    )
 
     def __init__(self, key: Hashable, address: str) -> None:
         #: The request's key and variant.
@@ -90,6 +99,21 @@ class Round:
         self.failed = False
         #: Called when `followers` falls to 0, or at the end.
         self.bell: Callable[[], None] | None = None
+        #: The rounds that code inside its application waits for; one of them twice, if two do.
+        self.waits: list[Round] = []
+
+    def waits_for(self, other: "Round") -> bool:
+        """Whether it is `other`, or can not end before that has."""
+        seen: set[Round] = {self}
+        stack: list[Round] = [self]
+        while stack:
+            found = stack.pop()
+            if found is other:
+                return True
+            new = [further for further in found.waits if further not in seen]
+            seen.update(new)
+            stack += new
+        return False
 
 
 class Rounds:
@@ -101,15 +125,21 @@ class Rounds:
         self._open: dict[Hashable, Round] = {}
         #: Key to: when it is forgotten, why it passes through if it does, the fields of Vary.
         self._learned: dict[Hashable, tuple[float, Refusal | None, tuple[str, ...]]] = {}
-        self._passed: Counter[str] = Counter()
-        self._unshareable: Counter[str] = Counter()
+        self._passed = dict.fromkeys(Pass, 0)
+        self._unshareable = dict.fromkeys(Refusal, 0)
         self._collapsed = self._released = self._replaced = self._errors = 0
         self._logged: set[type[BaseException]] = set()
         _all_rounds.add(self)
 
     # -- joining and leaving ----------------------------------------------------------------------
 
-    def join(self, request: Request, fields: tuple[str, ...], before: Round | None) -> Round | Pass:
+    def join(
+        self,
+        request: Request,
+        fields: tuple[str, ...],
+        before: Round | None,
+        inside: Round | None,
+    ) -> Round | Pass:
         """Makes a request a follower of its round, which it will lead if it is the first.
 
         Args:
@@ -117,6 +147,10 @@ class Rounds:
             fields: What it was told that answers vary by.
             before: The round that it has waited for before. What the others from there have joined
                 may have a verdict already.
+            inside: The round in whose application the request is made.
+
+        Raises:
+            DeadlockError: Its round waits for the one that it is made in.
         """
         with self._lock:
             _, refusal, learned = self._known(request.key)
@@ -130,6 +164,13 @@ class Rounds:
                 found = self._open[key] = Round(key, request.address)
             elif found.followers >= self.rules.max_waiters:
                 return Pass.WAITERS
+            if inside is not None:
+                if found.waits_for(inside):
+                    raise DeadlockError(
+                        f"{inside.name!r} asks for {found.name!r}, which waits for it",
+                        (inside.name, found.name),
+                    )
+                inside.waits.append(found)
             if before is not None:
                 before.successors.setdefault(key, found)
             found.followers += 1
@@ -141,9 +182,11 @@ class Rounds:
             round_.followers -= 1
             round_.led = True
 
-    def leave(self, round_: Round, *, leader: bool) -> None:
-        """A caller is through with a round."""
+    def leave(self, round_: Round, inside: Round | None, *, leader: bool) -> None:
+        """A caller is through with a round, and what it is made in with waiting for that."""
         with self._lock:
+            if inside is not None:
+                inside.waits.remove(round_)
             if leader:
                 round_.led = False
             else:
@@ -202,7 +245,7 @@ class Rounds:
             if isinstance(verdict, Shared):
                 self._learn(request.key, None, tuple(field for field, _ in verdict.variant))
             else:
-                self._unshareable[verdict.value] += 1
+                self._unshareable[verdict] += 1
                 if verdict is not Refusal.BROKEN:  # that was no answer
                     self._learn(request.key, verdict, ())
             bell = round_.bell
@@ -237,17 +280,18 @@ class Rounds:
             return _NOTHING_LEARNED
         return known
 
-    def has_learned(self, request: Request) -> bool:
-        """Whether the key passes through."""
+    def passes(self, request: Request) -> bool:
+        """Whether it passes through at once because of what was learned, which is counted."""
         known = self._learned.get(request.key)  # without the lock: a dict is read in one step
-        return known is not None and known[1] is not None and known[0] > time.monotonic()
+        if known is None or known[1] is None or known[0] <= time.monotonic():
+            return False
+        with self._lock:
+            self._passed[Pass.LEARNED] += 1
+        return True
 
     def reconsider(self, request: Request, code: int, headers: Mapping[str, str]) -> None:
         """A request that passed through gets this answer: the key is good again if that is."""
-        if request.key not in self._learned:
-            return
-        refusal = self.rules.judge(request, code, headers)
-        if refusal is not None:
+        if self.rules.judge(request, code, headers) is not None:
             return
         with self._lock:
             _, reason, _ = self._known(request.key)
@@ -261,7 +305,7 @@ class Rounds:
     def count_passed(self, reason: Pass) -> None:
         """A request runs by itself."""
         with self._lock:
-            self._passed[reason.value] += 1
+            self._passed[reason] += 1
             if reason is Pass.RELEASED:
                 self._released += 1
 
@@ -275,7 +319,7 @@ class Rounds:
         with self._lock:
             self._errors += 1
             if passed:
-                self._passed[Pass.ERROR.value] += 1
+                self._passed[Pass.ERROR] += 1
             new = type(error) not in self._logged
             self._logged.add(type(error))
         if new:
@@ -285,11 +329,11 @@ class Rounds:
         """The totals."""
         with self._lock:
             return HttpStats(
-                passed=MappingProxyType(dict(self._passed)),
+                passed=_counted(self._passed),
                 collapsed=self._collapsed,
                 released=self._released,
                 replaced=self._replaced,
-                unshareable=MappingProxyType(dict(self._unshareable)),
+                unshareable=_counted(self._unshareable),
                 errors=self._errors,
             )
 
@@ -297,6 +341,10 @@ class Rounds:
         """The threads that waited, or held the lock, are the parent's."""
         self._lock = Lock()
         self._open = {}
+
+
+def _counted(totals: Mapping[Any, int]) -> Mapping[str, int]:
+    return MappingProxyType({reason.value: total for reason, total in totals.items() if total})
 
 
 _NOTHING_LEARNED: tuple[float, Refusal | None, tuple[str, ...]] = (0.0, None, ())
@@ -321,6 +369,8 @@ class Caller:
 
     def __init__(self, rounds: Rounds, request: Request) -> None:
         self.request = request
+        #: The round in whose application it is made, where that is known.
+        self.inside: Round | None = None
         self._rounds = rounds
         self._round: Round | None = None
         #: Rounds of the same variant that it has waited for too long.
@@ -330,18 +380,11 @@ class Caller:
         self._released = False
         self._leads = False
 
-    def passes(self) -> bool:
-        """Whether it passes through at once because of what was learned, which is counted."""
-        if not self._rounds.has_learned(self.request):
-            return False
-        self._rounds.count_passed(Pass.LEARNED)
-        return True
-
     def join(self) -> Round | None:
         """The round to wait for; None if the request passes through, which is counted."""
         reason = Pass.RELEASED
         if not self._released:
-            joined = self._rounds.join(self.request, self._fields, self._round)
+            joined = self._rounds.join(self.request, self._fields, self._round, self.inside)
             if isinstance(joined, Round):
                 self._round = joined
                 return joined
@@ -359,7 +402,7 @@ class Caller:
     def leave(self) -> None:
         """The wait for the round is over, however that came about."""
         assert self._round is not None
-        self._rounds.leave(self._round, leader=self._leads)
+        self._rounds.leave(self._round, self.inside, leader=self._leads)
 
     def judge(self, verdict: Verdict | None) -> Shared | None:
         """What a follower gets; None if it has to `join` again.
@@ -384,39 +427,51 @@ class Caller:
             self._fields = tuple({*self._fields, *fields})
         return None
 
-    def reconsider(self, read: Callable[[], tuple[int, Mapping[str, str]]]) -> None:
-        """Looks at the head of the answer to a request that passed through. Never raises."""
-        try:
-            self._rounds.reconsider(self.request, *read())
-        except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
-            self._rounds.count_error(error, passed=False)
-
 
 class Adapter(Generic[AppT]):
     """What the adapters share: an application, a flight, the rules, and how it went.
+
+    Args:
+        app: The application, or the transport that sends.
+        routes: What may be collapsed: path prefixes, or a function of what the framework calls a
+            request.
+        shareable: What may be shared without Cache-Control, in the same form.
+        flight: Where the executions are in flight. By default one of its own.
+        **options: See `Options`.
 
     Raises:
         TypeError: An option is of the wrong type.
         ValueError: An option is out of its range.
     """
 
+    #: Whether all requests are one client's: see `Rules`.
+    _one_client = False
+
     def __init__(
         self,
         app: AppT,
-        routes: Where,
-        shareable: Where,
-        flight: ShardedFlight | None,
         *,
-        one_client: bool = False,
+        routes: Where,
+        shareable: Where = (),
+        flight: ShardedFlight | None = None,
         **options: Unpack[Options],
     ) -> None:
+        self._check(app)
         if flight is not None and not isinstance(flight, ShardedFlight):
             raise TypeError(f"flight must be a ShardedFlight or None, not {flight!r}")
-        rules = Rules(routes, shareable, one_client=one_client, **options)
+        rules = Rules(routes, shareable, one_client=self._one_client, **options)
         self._app = app
         self._flight = ShardedFlight(name="http") if flight is None else flight
+        self._rules = rules
         self._rounds = Rounds(rules)
-        self._follower_timeout = rules.follower_timeout
+        self._prepare()
+
+    def _check(self, app: Any) -> None:
+        """Raises TypeError if `app` is of the wrong kind."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Makes what the adapter needs besides, when the options are known to be right."""
 
     @property
     def flight(self) -> ShardedFlight:

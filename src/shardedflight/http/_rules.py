@@ -13,11 +13,12 @@ chooses, each time the stricter way.
 import enum
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 __all__ = [
+    "DECLARES",
+    "JUDGED",
     "Options",
     "Pass",
     "Recording",
@@ -132,7 +133,7 @@ _CREDENTIALS = frozenset(
     }
 )
 
-#: Part of the key besides method, scheme, host, path and query. Ours: negotiated content, whom CORS
+#: Part of the key besides method, scheme, path and query. Ours: negotiated content, whom CORS
 #: lets read it; what makes an answer conditional; and what proxies let an application mistake for
 #: method, host or path, which else would let one client choose the links in everybody's answer.
 _KEY_HEADERS = frozenset(
@@ -140,6 +141,7 @@ _KEY_HEADERS = frozenset(
         "accept",
         "accept-encoding",
         "accept-language",
+        "host",
         "if-match",
         "if-modified-since",
         "if-none-match",
@@ -160,6 +162,12 @@ _KEY_HEADERS = frozenset(
     }
 )
 
+#: What keeps a request from being collapsed, whoever asks.
+_CONDITIONS = frozenset(
+    {"cache-control", "content-length", "range", "transfer-encoding", "upgrade"}
+)
+_IDENTITY = frozenset({"authorization", "cookie"})
+
 #: RFC 9110 section 7.6.1: for one connection, not for whom the message is passed on to.
 _HOP_BY_HOP = frozenset(
     {
@@ -177,6 +185,11 @@ _HOP_BY_HOP = frozenset(
 
 #: RFC 9211 section 2: what a cache did. The answer came from no store, but from another's request.
 _CACHE_STATUS = ("Cache-Status", "shardedflight; fwd=miss; collapsed")
+
+#: The fields of an answer by which it is judged: adapters need not read the others for that.
+JUDGED = frozenset(
+    {"cache-control", "content-length", "content-type", "set-cookie", "set-cookie2", "vary"}
+)
 
 _STREAMS = frozenset({"text/event-stream", "multipart/x-mixed-replace"})
 
@@ -239,20 +252,27 @@ def _seconds(argument: str) -> int:
 # -- values ---------------------------------------------------------------------------------------
 
 
+#: Without this field an answer is as undeclared as the last one, unless its request is shareable.
+DECLARES = "cache-control"
+
+
 class Request(NamedTuple):
     """A request that may be collapsed. A tuple, because each routed request makes one.
 
     Attributes:
-        key: What makes two requests the same one, the method first.
+        key: What makes two requests the same one: the method, the scheme, path and query as they
+            came, whatever else the adapter knows it by, and the fields that are `Rules.keyed`.
         path: The decoded path.
-        headers: The folded header fields.
-        authorized: It has an Authorization field that is not in the key.
+        headers: Reads all header fields, folded, as they were when the request came: it is called
+            later, when the application may have changed what they came in.
+        authorized: It has an Authorization field, of which the key has only that it is there. It
+            gets what is for everybody, and must not wait for what may not be.
         shareable: Its route needs no Cache-Control.
     """
 
     key: tuple[Any, ...]
     path: str
-    headers: Mapping[str, str]
+    headers: Callable[[], Mapping[str, str]]
     authorized: bool
     shareable: bool
 
@@ -263,34 +283,52 @@ class Request(NamedTuple):
 
     @property
     def address(self) -> str:
-        """Method and address without the query, for people."""
-        method, scheme, host = self.key[:3]
-        return f"{method} {scheme}://{host}{self.path}"
+        """Method and path, for people."""
+        return f"{self.method} {self.path}"
 
-    def variant(self, fields: Iterable[str]) -> tuple[tuple[str, str | None], ...]:
+    def variant(self, fields: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
         """Its values for the fields that an answer varies by: RFC 9111 section 4.1."""
-        return tuple((field, self.headers.get(field)) for field in sorted(set(fields)))
+        if not fields:
+            return ()
+        headers = self.headers()
+        return tuple([(field, headers.get(field)) for field in sorted(set(fields))])
 
 
-@dataclass(frozen=True, slots=True)
 class Shared:
-    """A complete answer that others may have.
+    """A complete answer that others may have. Immutable, for any number of threads.
 
     Attributes:
         status: As the adapter was given it.
-        headers: The followers' header fields.
         body: The whole body.
         variant: The leader's values for the fields of Vary.
     """
 
-    status: Any
-    headers: Headers
-    body: bytes
-    variant: tuple[tuple[str, str | None], ...]
+    __slots__ = ("_copied", "_headers", "body", "status", "variant")
+
+    def __init__(
+        self,
+        status: Any,
+        headers: Callable[[], Headers],
+        body: bytes,
+        variant: tuple[tuple[str, str | None], ...],
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.variant = variant
+        self._headers = headers
+        self._copied: Headers | None = None
+
+    @property
+    def headers(self) -> Headers:
+        """The followers' header fields; made for the first of them: most answers have none."""
+        copied = self._copied
+        if copied is None:  # two threads may come here at once, and make the same
+            copied = self._copied = _copied(self._headers())
+        return copied
 
     def fits(self, request: Request) -> bool:
         """Whether it answers `request`, which has the leader's key."""
-        return all(request.headers.get(field) == value for field, value in self.variant)
+        return request.variant([field for field, _ in self.variant]) == self.variant
 
 
 #: What an execution has come to.
@@ -370,73 +408,60 @@ class Rules:
         self.max_waiters = _number("max_waiters", max_waiters, whole=True, positive=True)
         self._server_errors = _flag("server_errors", server_errors)
         self._authorization = _flag("authorization", authorization)
-        self._key_headers = _KEY_HEADERS.union(_fields("key_headers", key_headers))
         self._credentials = _CREDENTIALS | set(_fields("private_headers", private_headers))
         self._routes = _matcher("routes", routes)
-        self._shareable = _matcher("shareable", shareable)
+        #: Whether the route of a path, or of what a `Where` takes, needs no Cache-Control.
+        self.shareable = _matcher("shareable", shareable)
         self._one_client = one_client
+        #: The fields of a request that may keep it from being collapsed, and those in its key: all,
+        #: with `one_client`.
+        self.suspect = _CONDITIONS if one_client else _CONDITIONS | _IDENTITY | self._credentials
+        self.keyed = _KEY_HEADERS.union(_fields("key_headers", key_headers))
 
     def admit(self, method: str, path: str, native: Any) -> Pass | None:
-        """What can be said before the header fields are read."""
+        """What can be said before the header fields are read.
+
+        Args:
+            method: The method.
+            path: The decoded path.
+            native: What a `Where` that is a function takes.
+        """
         if not self._routes(path, native):
             return Pass.ROUTE
         return None if method in ("GET", "HEAD") else Pass.METHOD
 
-    def examine(
-        self,
-        method: str,
-        scheme: str,
-        target: tuple[Hashable, ...],
-        path: str,
-        native: Any,
-        headers: Mapping[str, str],
-        *,
-        identified: bool = False,
-    ) -> Request | Pass:
-        """Whether a request that was admitted may be collapsed, and as what.
+    def refuse(self, suspect: Mapping[str, str], *, identified: bool = False) -> Pass | None:
+        """Why a request that was admitted may not be collapsed; None if it may.
 
         Args:
-            method: The method.
-            scheme: The scheme.
-            target: Path and query as they came, and whatever else the adapter knows it by.
-            path: The decoded path.
-            native: What a `Where` that is a function takes.
-            headers: The folded header fields.
+            suspect: The folded header fields, those that are `suspect` or more.
             identified: The connection itself says who asks: a certificate, a login.
         """
-        if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+        if suspect.get("content-length", "0") != "0" or "transfer-encoding" in suspect:
             return Pass.BODY
-        refused = None if self._one_client else self._identity(headers, identified=identified)
-        if refused is not None:
-            return refused
-        if "range" in headers:
+        if not self._one_client:
+            if "authorization" in suspect and not self._authorization:
+                return Pass.AUTHORIZATION
+            if "cookie" in suspect:
+                return Pass.COOKIE
+            if identified or not self._credentials.isdisjoint(suspect):
+                return Pass.CREDENTIALS
+        if "range" in suspect:
             return Pass.RANGE
-        if "upgrade" in headers:
+        if "upgrade" in suspect:
             return Pass.UPGRADE
-        if "cache-control" in headers and _forbids_storing(headers["cache-control"]):
+        if "cache-control" in suspect and _forbids_storing(suspect["cache-control"]):
             return Pass.NO_STORE
-        host = headers.get("host", "")
-        authorized = not self._one_client and "authorization" in headers
-        fields = headers.keys() if self._one_client else self._key_headers.intersection(headers)
-        return Request(
-            key=(method, scheme, host, target, authorized, _items(headers, fields)),
-            path=path,
-            headers=headers,
-            authorized=authorized,
-            shareable=self._shareable(path, native),
-        )
-
-    def _identity(self, headers: Mapping[str, str], *, identified: bool) -> Pass | None:
-        if "authorization" in headers and not self._authorization:
-            return Pass.AUTHORIZATION
-        if "cookie" in headers:
-            return Pass.COOKIE
-        if identified or not self._credentials.isdisjoint(headers):
-            return Pass.CREDENTIALS
         return None
 
     def judge(self, request: Request, status: int, headers: Mapping[str, str]) -> Refusal | None:
-        """Why an answer to `request` with this head is not shared; None if it may be."""
+        """Why an answer to `request` with this head is not shared; None if it may be.
+
+        Args:
+            request: The request.
+            status: The status code.
+            headers: The folded header fields, those that are `JUDGED` or more.
+        """
         if "set-cookie" in headers or "set-cookie2" in headers:
             return Refusal.SET_COOKIE
         if status not in _STATUSES and not (self._server_errors and status in _SERVER_ERRORS):
@@ -444,22 +469,18 @@ class Rules:
         refused = _refused_by_cache_control(request, headers.get("cache-control"))
         if refused is not None:
             return refused
-        if "*" in names(headers.get("vary", "")):
+        if "vary" in headers and "*" in names(headers["vary"]):
             return Refusal.VARY
         if headers.get("content-type", "").partition(";")[0].strip().lower() in _STREAMS:
             return Refusal.STREAM
-        length = headers.get("content-length", "")
-        if request.method != "HEAD" and _seconds(length) > self.body_limit:
+        length = _length(request, headers)
+        if length is not None and length > self.body_limit:
             return Refusal.SIZE
         return None
 
     def shares_failure(self, request: Request) -> bool:
         """Whether an exception instead of an answer goes to all: it is a 500 without a head."""
         return self._server_errors and request.shareable
-
-
-def _items(headers: Mapping[str, str], fields: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    return tuple([(field, headers[field]) for field in sorted(fields)])
 
 
 def _forbids_storing(value: str) -> bool:
@@ -491,9 +512,17 @@ def _refused_by_cache_control(request: Request, value: str | None) -> Refusal | 
     return Refusal.UNDECLARED
 
 
-def _copied(headers: Headers, folded: Mapping[str, str]) -> Headers:
+def _length(request: Request, headers: Mapping[str, str]) -> int | None:
+    """How long the body will be, if the head of the answer says so."""
+    length = headers.get("content-length", "")
+    if length.isascii() and length.isdecimal() and request.method != "HEAD":
+        return int(length)
+    return None
+
+
+def _copied(headers: Headers) -> Headers:
     """The header fields of a follower's answer."""
-    dropped = _HOP_BY_HOP.union(names(folded.get("connection", "")))
+    dropped = _HOP_BY_HOP.union(names(fold(headers).get("connection", "")))
     kept = [(name, value) for name, value in headers if name.lower() not in dropped]
     return (*kept, _CACHE_STATUS)
 
@@ -512,22 +541,34 @@ class Recording:
         self._chunks: list[bytes] = []
         self._size = 0
         self._expected: int | None = None
-        self._head: tuple[Any, Headers, Mapping[str, str]] | None = None
+        self._status: Any = None
+        self._headers: Callable[[], Headers]
+        self._vary = ""
+        self.begun = False
         self.verdict: Verdict | None = None
 
-    @property
-    def begun(self) -> bool:
-        """Whether the head is known."""
-        return self._head is not None
+    def head(
+        self,
+        status: Any,
+        code: int,
+        judged: Mapping[str, str],
+        headers: Callable[[], Headers],
+    ) -> Verdict | None:
+        """The head. A later one replaces it, as WSGI allows before the body begins.
 
-    def head(self, status: Any, code: int, headers: Headers) -> Verdict | None:
-        """The head. A later one replaces it, as WSGI allows before the body begins."""
-        folded = fold(headers)
-        self._head = (status, headers, folded)
-        length = folded.get("content-length", "")
-        counts = length.isascii() and length.isdecimal() and self._request.method != "HEAD"
-        self._expected = int(length) if counts else None
-        self.verdict = self._rules.judge(self._request, code, folded)
+        Args:
+            status: What followers get.
+            code: The status code.
+            judged: The folded header fields, those that are `JUDGED` or more.
+            headers: Reads all header fields. It is called later, when the application may have
+                changed what it has sent them from.
+        """
+        self.begun = True
+        self._status = status
+        self._headers = headers
+        self._vary = judged.get("vary", "")
+        self._expected = _length(self._request, judged)
+        self.verdict = self._rules.judge(self._request, code, judged)
         return self.verdict
 
     def body(self, chunk: bytes | bytearray | memoryview) -> Verdict | None:
@@ -544,15 +585,10 @@ class Recording:
     def end(self) -> Verdict:
         """The body is complete, or there is none."""
         if self.verdict is None:
-            if self._head is None or self._expected not in (None, self._size):
+            if not self.begun or self._expected not in (None, self._size):
                 return self.refuse(Refusal.BROKEN)
-            status, headers, folded = self._head
-            self.verdict = Shared(
-                status,
-                _copied(headers, folded),
-                b"".join(self._chunks),
-                self._request.variant(names(folded.get("vary", ""))),
-            )
+            variant = self._request.variant(names(self._vary)) if self._vary else ()
+            self.verdict = Shared(self._status, self._headers, b"".join(self._chunks), variant)
             self._chunks.clear()
         return self.verdict
 

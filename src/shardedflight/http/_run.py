@@ -1,6 +1,8 @@
 """One request's way through a flight, once for threads and once for coroutines."""
 
 import asyncio
+from collections.abc import Awaitable
+from contextvars import ContextVar
 
 from shardedflight import FlightTimeout, ShardedFlight
 
@@ -8,6 +10,9 @@ from ._rounds import Caller, Round, Rounds
 from ._rules import Recording, Refusal, Shared, Verdict
 
 __all__ = ["TaskRun", "ThreadRun"]
+
+#: The round in whose application this code runs.
+_inside: ContextVar[Round | None] = ContextVar("shardedflight.http.inside", default=None)
 
 
 class Run:
@@ -17,8 +22,11 @@ class Run:
         self.rounds = rounds
         self.caller = caller
         self.recording = Recording(rounds.rules, caller.request)
-        #: The application runs for this request: what it raises is the request's end.
+        #: The application runs for this request, or has run: it is the leader.
         self.begun = False
+        #: What ends the leader's own request, and nobody else's: the application's error, or its
+        #: client's.
+        self.error: Exception | None = None
         self._round: Round | None = None
 
     @property
@@ -29,8 +37,8 @@ class Run:
 
     @property
     def failed(self) -> bool:
-        """The flight's error is the application's, for this request and its round."""
-        return self.begun or (self._round is not None and self._round.failed)
+        """The flight's error is the application's, for all of the round."""
+        return self._round is not None and self._round.failed
 
     def _begin(self) -> Verdict | None:
         """The application is about to run, unless the round has ended just before."""
@@ -39,27 +47,30 @@ class Run:
             self.begun = True
         return self.round.verdict
 
+    def raise_error(self) -> None:
+        """Raises what ends the leader's own request, if anything does."""
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # or this frame and the error would keep each other alive
+
     def _finish(self, verdict: Verdict) -> Verdict:
         self.rounds.finish(self.round, self.caller.request, verdict)
         return verdict
 
-    def _finish_failed(self) -> bool:
-        """The application has raised. True if the followers are to get that."""
+    def _finish_failed(self) -> Verdict | None:
+        """The application has raised. None if the followers are to get that."""
         request = self.caller.request
         if not self.recording.begun and self.rounds.rules.shares_failure(request):
             self.rounds.fail(self.round)
-            return True
-        self._finish(self.recording.verdict or self.recording.refuse(Refusal.BROKEN))
-        return False
+            return None
+        return self._finish(self.recording.verdict or self.recording.refuse(Refusal.BROKEN))
 
 
 class ThreadRun(Run):
     """A request that occupies a thread."""
-
-    def __init__(self, rounds: Rounds, caller: Caller) -> None:
-        super().__init__(rounds, caller)
-        #: What ends the leader's own request: the application's error, or its client's.
-        self.error: Exception | None = None
 
     def fly(self, flight: ShardedFlight) -> Shared | None:
         """A follower's answer; None if the request has led or passes through.
@@ -92,22 +103,15 @@ class ThreadRun(Run):
         if ended is not None:
             return ended
         try:
-            return self._finish(self.record())
+            verdict = self.record()
         except Exception as error:
-            if self._finish_failed():
-                raise
             self.error = error
-            assert self.round.verdict is not None
-            return self.round.verdict
-
-    def raise_error(self) -> None:
-        """Raises what ends the leader's own request, if anything does."""
-        error, self.error = self.error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # or this frame and the error would keep each other alive
+            ended = self._finish_failed()
+            if ended is None:
+                self.error = None  # the flight takes it to everybody
+                raise
+            return ended
+        return self._finish(verdict)
 
     def record(self) -> Verdict:
         """Runs the application until it is known who may have what."""
@@ -115,7 +119,12 @@ class ThreadRun(Run):
 
 
 class TaskRun(Run):
-    """A request that occupies a task of an event loop."""
+    """A request that occupies a task of an event loop.
+
+    Rounds of which each waits for the next are found here and not by the flight, which sees them,
+    too: it may give the error to a caller that leads, and has an application to go on with. Here it
+    is always one that would follow, and can as well run by itself.
+    """
 
     #: The request's client has left.
     gone = False
@@ -127,6 +136,7 @@ class TaskRun(Run):
             Exception: The application's, if `failed`, else what went wrong here.
         """
         caller = self.caller
+        caller.inside = _inside.get()
         while (round_ := caller.join()) is not None:
             self._round = round_
             verdict = round_.verdict
@@ -150,13 +160,14 @@ class TaskRun(Run):
                 return answer
         return None
 
-    async def _lead(self) -> Verdict:
+    def _lead(self) -> Awaitable[Verdict]:
         ended = self._begin()
         if ended is not None:
-            return ended
+            return _known(ended)
         self._limit.reschedule(None)  # of waiting for somebody else
         self.unwatch()
-        return await self.lead()
+        _inside.set(self.round)
+        return self.lead()
 
     async def lead(self) -> Verdict:
         """Runs the application until it is known who may have what, and finishes the round."""
@@ -167,3 +178,7 @@ class TaskRun(Run):
 
     def unwatch(self) -> None:
         """It is none, or none any more."""
+
+
+async def _known(verdict: Verdict) -> Verdict:
+    return verdict

@@ -10,16 +10,20 @@ import asyncio
 import contextlib
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextvars import ContextVar
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+)
 from functools import partial
-from itertools import chain
-from typing import Any, TypeAlias, Unpack
+from typing import Any, TypeAlias
 
-from shardedflight import DeadlockError, ShardedFlight
-
-from ._rounds import Adapter, Caller, Round
-from ._rules import Options, Pass, Refusal, Request, Shared, Verdict, Where, fold
+from ._rounds import Adapter, Caller, Rounds
+from ._rules import DECLARES, JUDGED, Pass, Refusal, Request, Shared, Verdict, fold
 from ._run import TaskRun
 
 __all__ = ["CoalesceMiddleware"]
@@ -39,9 +43,6 @@ _EXTENSIONS = frozenset(
 # asyncio.Task can run a coroutine's first step at once since Python 3.12.
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
-#: The rounds in whose applications this code runs.
-_led_here: ContextVar[tuple[Round, ...]] = ContextVar("shardedflight.http.led", default=())
-
 
 class CoalesceMiddleware(Adapter[App]):
     """Equal GET and HEAD requests that arrive while one of them runs get its answer.
@@ -52,8 +53,7 @@ class CoalesceMiddleware(Adapter[App]):
     Args:
         app: The application.
         routes: What may be collapsed: path prefixes, or a function of the scope.
-        shareable: What may be shared without Cache-Control: path prefixes, or a function of the
-            scope.
+        shareable: What may be shared without Cache-Control, in the same form.
         flight: Where the executions are in flight. By default one of its own.
         **options: See `Options`.
 
@@ -62,19 +62,13 @@ class CoalesceMiddleware(Adapter[App]):
         ValueError: An option is out of its range.
     """
 
-    def __init__(
-        self,
-        app: App,
-        *,
-        routes: Where,
-        shareable: Where = (),
-        flight: ShardedFlight | None = None,
-        **options: Unpack[Options],
-    ) -> None:
+    def _check(self, app: Any) -> None:
         if not callable(app):
             raise TypeError(f"app must be an ASGI application, not {app!r}")
-        super().__init__(app, routes, shareable, flight, **options)
-        #: A loop holds its tasks weakly. Sets change atomically.
+
+    def _prepare(self) -> None:
+        self._watched = _by_raw_name(self._rules.suspect | self._rules.keyed)
+        #: What runs for nobody's request: a loop holds its tasks weakly. Sets change atomically.
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,89 +77,149 @@ class CoalesceMiddleware(Adapter[App]):
         if request is None:
             await self._app(scope, receive, send)
             return
-        caller = Caller(self._rounds, request)
-        if caller.passes():
-            await self._app(scope, receive, partial(_send_observed, caller, send))
+        if self._rounds.passes(request):
+            await self._app(scope, receive, partial(_send_observed, self._rounds, request, send))
             return
         client = _Client(receive)
         if not await client.begin():
             self._rounds.count_passed(Pass.GONE if client.gone else Pass.BODY)
             await self._app(scope, client.receive, send)
             return
-        run = _Run(self, caller, scope, client, send)
+        run = _Run(self, Caller(self._rounds, request), scope, client, send)
         try:
             answer = await run.fly(self._flight)
+            messages = () if answer is None else _messages(answer)
         except Exception as error:
             if run.failed:
                 run.detach()
                 raise
-            self._rounds.count_error(error)
-            answer = None
+            self._rounds.count_error(error, passed=not run.begun)
+            messages = ()
         except BaseException:
             run.detach()
             raise
         if run.begun:
             await run.finish()
-        elif answer is not None:
-            await _answer(answer, send)
+        elif messages:
+            for message in messages:
+                await send(message)
         elif not run.gone:
-            await self._app(scope, client.receive, partial(_send_observed, caller, send))
+            observed = partial(_send_observed, self._rounds, request, send)
+            await self._app(scope, client.receive, observed)
 
     def _read(self, native: Scope) -> Request | Pass:
         method, path = native["method"], native["path"]
-        refused = self._rounds.rules.admit(method, path, native)
+        rules = self._rules
+        refused = rules.admit(method, path, native)
         if refused is not None:
             return refused
-        extensions: dict[str, Any] = native.get("extensions") or {}
-        tls: dict[str, Any] = extensions.get("tls") or {}
-        raw_path = native.get("raw_path") or path
-        return self._rounds.rules.examine(
+        headers = native["headers"]
+        fields = _pick(headers, self._watched)
+        identified = "extensions" in native and _identified(native)
+        authorized = False
+        if identified or not rules.suspect.isdisjoint(fields):
+            refused = rules.refuse(_text(fields), identified=identified)
+            if refused is not None:
+                return refused
+            authorized = "authorization" in fields
+            fields = {name: fields[name] for name in rules.keyed & fields.keys()}
+        key = (
             method,
             native.get("scheme", "http"),
-            (native.get("root_path", ""), raw_path, native.get("query_string", b"")),
-            path,
-            native,
-            _folded(native["headers"]),
-            identified=bool(tls.get("client_cert_chain") or tls.get("client_cert_name")),
+            native.get("root_path", ""),
+            native.get("raw_path") or path,
+            native.get("query_string", b""),
+            frozenset(fields.items()),  # their order makes no difference
+            authorized,
         )
+        read = partial(_all, [*headers])
+        return Request(key, path, read, authorized, rules.shareable(path, native))
 
-    def _spawn(self, work: Callable[[], Any], *, eager: bool = False) -> "asyncio.Task[None]":
-        """A task for `work`. An eager one begins at once, where Python allows that."""
-        loop = asyncio.get_running_loop()
-        task: asyncio.Task[None]
-        if eager and _EAGER and loop.get_task_factory() is None:
-            task = asyncio.Task(work(), loop=loop, **_EAGER)
-        else:
-            task = loop.create_task(work())
-        if not task.done():
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return task
+    def _keep(self, task: "asyncio.Task[None]") -> None:
+        """Holds a task to its end."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-def _folded(headers: Any) -> dict[str, str]:
-    """`fold` for each request: in one go, if all names are different and no field is odd."""
-    flat = b"\n".join(chain.from_iterable(headers)).decode("latin-1").split("\n")
-    found = dict(zip(map(str.lower, flat[::2]), flat[1::2], strict=False))
-    if len(found) * 2 == len(flat) and len(found) == len(headers):
-        return found
+def _spawn(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    """A task for `work`, which begins at once where Python allows that."""
+    loop = asyncio.get_running_loop()
+    if _EAGER and loop.get_task_factory() is None:
+        return asyncio.Task(work, loop=loop, **_EAGER)
+    return loop.create_task(work)
+
+
+def _identified(scope: Scope) -> bool:
+    extensions: dict[str, Any] = scope.get("extensions") or {}
+    tls: dict[str, Any] = extensions.get("tls") or {}
+    return bool(tls.get("client_cert_chain") or tls.get("client_cert_name"))
+
+
+# -- header fields --------------------------------------------------------------------------------
+
+
+def _by_raw_name(names: Iterable[str]) -> dict[bytes, str]:
+    return {name.encode("latin-1"): name for name in names}
+
+
+_JUDGED = _by_raw_name(JUDGED)
+
+
+def _pick(headers: Any, wanted: Mapping[bytes, str]) -> dict[str, bytes]:
+    """The folded fields that are wanted. Most of a browser's fields decide nothing."""
+    len(headers)  # an iterator has none, and is not used up
+    try:
+        pairs = [(wanted[low], value) for n, value in headers if (low := n.lower()) in wanted]
+        found: dict[str, bytes] = dict(pairs)
+        if len(found) == len(pairs):
+            return found
+    except TypeError:  # a name that is no bytes, but like them
+        pass
+    folded = _all(headers)
+    return {name: folded[name].encode("latin-1") for name in wanted.values() if name in folded}
+
+
+def _text(found: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: str(value, "latin-1") for name, value in found.items()}
+
+
+def _all(headers: Any) -> Mapping[str, str]:
     return fold(_decoded(headers))
 
 
 def _decoded(headers: Any) -> list[tuple[str, str]]:
-    return [(bytes(n).decode("latin-1"), bytes(v).decode("latin-1")) for n, v in headers]
+    return [(str(name, "latin-1"), str(value, "latin-1")) for name, value in headers]
 
 
-async def _answer(shared: Shared, send: Send) -> None:
+def _rereadable(message: Message) -> Message:
+    """The message, with a list of its headers if they can be read only once: ASGI allows that."""
+    headers = message.get("headers", ())
+    if type(headers) is list or not isinstance(headers, Iterator):
+        return message
+    return {**message, "headers": [*headers]}
+
+
+def _messages(shared: Shared) -> tuple[Message, ...]:
+    """A follower's answer."""
     headers = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in shared.headers]
-    await send({"type": "http.response.start", "status": shared.status, "headers": headers})
-    await send({"type": "http.response.body", "body": shared.body})
+    return (
+        {"type": "http.response.start", "status": shared.status, "headers": headers},
+        {"type": "http.response.body", "body": shared.body},
+    )
 
 
-def _send_observed(caller: Caller, send: Send, message: Message) -> Awaitable[None]:
+def _send_observed(
+    rounds: Rounds, request: Request, send: Send, message: Message
+) -> Awaitable[None]:
     # No coroutine of its own: every message of what passes through comes by.
     if message["type"] == "http.response.start":
-        caller.reconsider(lambda: (message["status"], _folded(message.get("headers", ()))))
+        message = _rereadable(message)
+        try:
+            judged = _pick(message.get("headers", ()), _JUDGED)
+            if request.shareable or DECLARES in judged:
+                rounds.reconsider(request, message["status"], _text(judged))
+        except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
+            rounds.count_error(error, passed=False)
     return send(message)
 
 
@@ -212,30 +266,30 @@ class _Client:
 class _Outlet:
     """The way to the leader's client. On its loop's thread."""
 
-    def __init__(self, send: Send, spawn: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._spawn = spawn
         self._posted: deque[Message] = deque()
         self._pump: asyncio.Task[None] | None = None
         #: Why nothing can be sent any more.
         self.error: Exception | None = None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Sends after what was posted. As slow as the client is."""
+        if self._pump is None and self.error is None:
+            return self._send(message)
+        return self._send_last(message)
+
+    async def _send_last(self, message: Message) -> None:
         await self.flush()
         if self.error is not None:
             raise self.error
-        try:
-            await self._send(message)
-        except Exception as error:
-            self.error = error
-            raise
+        await self._send(message)
 
     def post(self, message: Message) -> None:
         """Sends without making anybody wait for a slow client."""
         self._posted.append(message)
         if self._pump is None:
-            self._pump = self._spawn(self._send_posted)
+            self._pump = asyncio.get_running_loop().create_task(self._send_posted())
 
     async def _send_posted(self) -> None:
         try:
@@ -271,45 +325,55 @@ class _Run(TaskRun):
     ) -> None:
         super().__init__(middleware._rounds, caller)
         self._app = middleware._app
-        self._spawn = middleware._spawn
+        self._keep = middleware._keep
         self._scope = scope
         self._client = client
-        self._outlet = _Outlet(send, middleware._spawn)
+        self._outlet = _Outlet(send)
         self._task: asyncio.Task[None] | None = None
+        #: It is known what the answer is worth, or that there is none.
+        self._decided = False
+        #: Where the flight waits for that.
+        self._bell: asyncio.Future[None] | None = None
         #: The leader's request has ended before the application.
         self._detached = False
 
     async def lead(self) -> Verdict:
-        self._decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task = self._spawn(self._run_app, eager=True)
-        try:
-            await self._decided
-        except asyncio.CancelledError:  # nobody is left
-            self._task.cancel()
-            raise
+        task = self._task = _spawn(self._run_app())
+        if self._detached:
+            self._keep(task)
+        if not self._decided:
+            self._bell = asyncio.get_running_loop().create_future()
+            try:
+                await self._bell
+            except asyncio.CancelledError:  # nobody is left
+                task.cancel()
+                raise
         verdict = self.round.verdict
         if verdict is None:
-            await self._task  # raises what everybody gets, or what makes this leader a lost one
+            await task  # raises what everybody gets, or what makes this leader a lost one
             raise AssertionError("an application that ends in silence has a verdict")
         if self._detached and isinstance(verdict, Refusal):
-            self._task.cancel()
+            task.cancel()
         return verdict
 
+    def _decide(self) -> None:
+        self._decided = True
+        if self._bell is not None and not self._bell.done():
+            self._bell.set_result(None)
+
     async def _run_app(self) -> None:
-        # The flight does not see that it depends on this task.
-        _led_here.set((*_led_here.get(), self.round))
         try:
             await self._app(self._scope, self._receive, self._send)
         except Exception:
-            if not self._decided.done():
+            if not self._decided:
                 self._finish_failed()
             raise
         else:
-            if not self._decided.done():
+            if not self._decided:
                 self._finish(self.recording.refuse(Refusal.BROKEN))
         finally:
-            if not self._decided.done():
-                self._decided.set_result(None)
+            if not self._decided:
+                self._decide()
 
     async def _receive(self) -> Message:
         message = await self._client.receive()
@@ -321,61 +385,71 @@ class _Run(TaskRun):
     async def _unwanted(self) -> None:
         """Returns when the leader's client is the only one that the execution is for."""
         loop = asyncio.get_running_loop()
-        while not self._decided.done():
+        while not self._decided:
             rung = loop.create_future()
             if self.rounds.close(self.round, partial(_ring, loop, rung)):
                 return
             await rung
 
-    async def _send(self, message: Message) -> None:
-        if not self._decided.done():
+    def _send(self, message: Message) -> Awaitable[None]:
+        # No coroutine of its own where the server's will do.
+        if not self._decided:
+            if message["type"] == "http.response.start":
+                message = _rereadable(message)
             self._record(message)
         if self._detached:
-            return
-        if self._decided.done():
-            await self._outlet.send(message)
-            return
-        # The answer may be shared, so followers wait for the rest: no client shall slow it down.
-        # What is sent first finds the connection's buffer empty, and needs no task.
+            return _nothing()
+        return self._outlet.send(message) if self._decided else self._send_undecided(message)
+
+    async def _send_undecided(self, message: Message) -> None:
+        """The answer may be shared, so followers wait for the rest: no client shall slow it down.
+
+        What is sent first finds the connection's buffer empty, and needs no task.
+        """
+        outlet = self._outlet
         if message["type"] == "http.response.body":
-            self._outlet.post(message)
+            outlet.post(message)
         else:
-            with contextlib.suppress(Exception):  # it is in `error`
-                await self._outlet.send(message)
-        if self._outlet.error is not None and self.rounds.close(self.round):
-            raise self._outlet.error
+            try:
+                await outlet.send(message)
+            except Exception as error:  # noqa: BLE001 - it is raised below, if nobody follows
+                outlet.error = error
+        if outlet.error is not None and self.rounds.close(self.round):
+            raise outlet.error
 
     def _record(self, message: Message) -> None:
-        verdict: Verdict | None
+        verdict: Verdict | None = None
+        kind = message["type"]
         try:
-            match message["type"]:
-                case "http.response.start":
-                    verdict = self.recording.head(
-                        message["status"], message["status"], _decoded(message.get("headers", ()))
-                    )
-                    if message.get("trailers"):
-                        verdict = self.recording.refuse(Refusal.EXTENSION)
-                case "http.response.body":
-                    verdict = self.recording.body(message.get("body", b""))
-                    if verdict is None and not message.get("more_body"):
-                        verdict = self.recording.end()
-                case kind if kind in _EXTENSIONS:
+            if kind == "http.response.start":
+                headers = message.get("headers", ())
+                status = message["status"]
+                judged = _text(_pick(headers, _JUDGED))
+                read = partial(_decoded, [*headers])
+                verdict = self.recording.head(status, status, judged, read)
+                if message.get("trailers"):
                     verdict = self.recording.refuse(Refusal.EXTENSION)
-                case _:
-                    verdict = None
+            elif kind == "http.response.body":
+                verdict = self.recording.body(message.get("body", b""))
+                if verdict is None and not message.get("more_body"):
+                    verdict = self.recording.end()
+            elif kind in _EXTENSIONS:
+                verdict = self.recording.refuse(Refusal.EXTENSION)
         except Exception as error:  # noqa: BLE001 - the server will say what is wrong with it
             self.rounds.count_error(error, passed=False)
             verdict = self.recording.refuse(Refusal.BROKEN)
         if verdict is not None:
             self._finish(verdict)
-            self._decided.set_result(None)
+            self._decide()
 
     def detach(self) -> None:
         """The leader's request ends here. The application goes on if others want its answer."""
         self._detached = True
         self._outlet.close()
-        if self._task is not None and isinstance(self.round.verdict, Refusal):
-            self._task.cancel()
+        if self._task is not None and not self._task.done():
+            if isinstance(self.round.verdict, Refusal):
+                self._task.cancel()
+            self._keep(self._task)
 
     async def finish(self) -> None:
         """Lets the leader's own answer come to its end."""
@@ -392,9 +466,6 @@ class _Run(TaskRun):
         return self._client.gone
 
     def watch(self, limit: asyncio.Timeout) -> None:
-        if self.round in _led_here.get():
-            name = self.round.name
-            raise DeadlockError(f"{name!r} asks for itself", (name, name))
         if self.round.led or self.round.followers > 1:
             self._client.watch(limit)
 
@@ -410,3 +481,7 @@ def _ring(loop: asyncio.AbstractEventLoop, rung: "asyncio.Future[None]") -> None
 def _settle(rung: "asyncio.Future[None]") -> None:
     if not rung.done():
         rung.set_result(None)
+
+
+async def _nothing() -> None:
+    pass

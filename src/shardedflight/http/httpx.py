@@ -10,23 +10,69 @@ transport's caller asks for the body only after the transport has returned. Need
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import httpx
 
 from shardedflight import ShardedFlight
 
-from ._rounds import Adapter, Caller
+from ._rounds import Adapter, Caller, Rounds
 from ._rules import Options, Pass, Request, Shared, Verdict, Where, fold
 from ._run import Run, TaskRun, ThreadRun
 
 __all__ = ["AsyncCoalesceTransport", "CoalesceTransport"]
 
+TransportT = TypeVar("TransportT")
+
 #: What a request may bring besides its fields that makes a difference to how it is answered.
 _EXTENSIONS = ("timeout", "sni_hostname", "target")
 
 
-class CoalesceTransport(Adapter[httpx.BaseTransport], httpx.BaseTransport):
+class _Transport(Adapter[TransportT]):
+    """What the two transports share: everything may be collapsed, as one client's."""
+
+    _one_client = True
+
+    def __init__(
+        self,
+        transport: TransportT | None = None,
+        *,
+        routes: Where = ("/",),
+        shareable: Where = ("/",),
+        flight: ShardedFlight | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        app = self._make() if transport is None else transport
+        super().__init__(app, routes=routes, shareable=shareable, flight=flight, **options)
+
+    def _make(self) -> TransportT:
+        raise NotImplementedError
+
+    def _read(self, native: httpx.Request) -> Request | Pass:
+        rules = self._rules
+        url = native.url
+        refused = rules.admit(native.method, url.path, native)
+        if refused is not None:
+            return refused
+        extensions = tuple([repr(native.extensions.get(name)) for name in _EXTENSIONS])
+        fields = fold(_decoded(native.headers))
+        refused = rules.refuse(fields)
+        if refused is not None:
+            return refused
+        key = (
+            native.method,
+            url.scheme,
+            url.raw_host,
+            url.port,
+            url.raw_path,
+            extensions,
+            frozenset(fields.items()),
+        )
+        shareable = rules.shareable(url.path, native)
+        return Request(key, url.path, lambda: fields, authorized=False, shareable=shareable)
+
+
+class CoalesceTransport(_Transport[httpx.BaseTransport], httpx.BaseTransport):
     """Equal GET and HEAD requests of one client at the same time go out once.
 
     For `httpx.Client(transport=CoalesceTransport())`. Any number of threads may use it.
@@ -43,20 +89,12 @@ class CoalesceTransport(Adapter[httpx.BaseTransport], httpx.BaseTransport):
         ValueError: An option is out of its range.
     """
 
-    def __init__(
-        self,
-        transport: httpx.BaseTransport | None = None,
-        *,
-        routes: Where = ("/",),
-        shareable: Where = ("/",),
-        flight: ShardedFlight | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        if transport is None:
-            transport = httpx.HTTPTransport()
-        if not isinstance(transport, httpx.BaseTransport):
-            raise TypeError(f"transport must be an httpx.BaseTransport, not {transport!r}")
-        super().__init__(transport, routes, shareable, flight, one_client=True, **options)
+    def _check(self, app: Any) -> None:
+        if not isinstance(app, httpx.BaseTransport):
+            raise TypeError(f"transport must be an httpx.BaseTransport, not {app!r}")
+
+    def _make(self) -> httpx.BaseTransport:
+        return httpx.HTTPTransport()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Sends one request, or waits for an equal one."""
@@ -69,25 +107,22 @@ class CoalesceTransport(Adapter[httpx.BaseTransport], httpx.BaseTransport):
         except Exception as error:
             if run.failed:
                 raise
-            self._rounds.count_error(error)
+            self._rounds.count_error(error, passed=not run.answered)
             answer = None
-        if run.begun:
+        if run.answered:
             return run.response()
         if answer is not None:
             return _copy(answer)
         response = self._app.handle_request(request)
-        _reconsider(run, response)
+        _reconsider(self._rounds, examined, response)
         return response
 
     def close(self) -> None:
         """Closes the transport that sends."""
         self._app.close()
 
-    def _read(self, native: httpx.Request) -> Request | Pass:
-        return _read(self, native)
 
-
-class AsyncCoalesceTransport(Adapter[httpx.AsyncBaseTransport], httpx.AsyncBaseTransport):
+class AsyncCoalesceTransport(_Transport[httpx.AsyncBaseTransport], httpx.AsyncBaseTransport):
     """Equal GET and HEAD requests of one client at the same time go out once.
 
     For `httpx.AsyncClient(transport=AsyncCoalesceTransport())`, on asyncio.
@@ -104,20 +139,14 @@ class AsyncCoalesceTransport(Adapter[httpx.AsyncBaseTransport], httpx.AsyncBaseT
         ValueError: An option is out of its range.
     """
 
-    def __init__(
-        self,
-        transport: httpx.AsyncBaseTransport | None = None,
-        *,
-        routes: Where = ("/",),
-        shareable: Where = ("/",),
-        flight: ShardedFlight | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        if transport is None:
-            transport = httpx.AsyncHTTPTransport()
-        if not isinstance(transport, httpx.AsyncBaseTransport):
-            raise TypeError(f"transport must be an httpx.AsyncBaseTransport, not {transport!r}")
-        super().__init__(transport, routes, shareable, flight, one_client=True, **options)
+    def _check(self, app: Any) -> None:
+        if not isinstance(app, httpx.AsyncBaseTransport):
+            raise TypeError(f"transport must be an httpx.AsyncBaseTransport, not {app!r}")
+
+    def _make(self) -> httpx.AsyncBaseTransport:
+        return httpx.AsyncHTTPTransport()
+
+    def _prepare(self) -> None:
         #: Closing of answers that nobody takes. A loop holds its tasks weakly.
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -132,25 +161,22 @@ class AsyncCoalesceTransport(Adapter[httpx.AsyncBaseTransport], httpx.AsyncBaseT
         except Exception as error:
             if run.failed:
                 raise
-            self._rounds.count_error(error)
+            self._rounds.count_error(error, passed=not run.answered)
             answer = None
         except BaseException:
             run.detach()
             raise
-        if run.begun:
+        if run.answered:
             return await run.response()
         if answer is not None:
             return _copy(answer)
         response = await self._app.handle_async_request(request)
-        _reconsider(run, response)
+        _reconsider(self._rounds, examined, response)
         return response
 
     async def aclose(self) -> None:
         """Closes the transport that sends."""
         await self._app.aclose()
-
-    def _read(self, native: httpx.Request) -> Request | Pass:
-        return _read(self, native)
 
     def _close_later(self, response: httpx.Response) -> None:
         task = asyncio.get_running_loop().create_task(response.aclose())
@@ -158,29 +184,15 @@ class AsyncCoalesceTransport(Adapter[httpx.AsyncBaseTransport], httpx.AsyncBaseT
         task.add_done_callback(self._tasks.discard)
 
 
-def _read(adapter: Adapter[Any], request: httpx.Request) -> Request | Pass:
-    rules = adapter._rounds.rules
-    url = request.url
-    refused = rules.admit(request.method, url.path, request)
-    if refused is not None:
-        return refused
-    extensions = tuple([repr(request.extensions.get(name)) for name in _EXTENSIONS])
-    return rules.examine(
-        request.method,
-        url.scheme,
-        (url.raw_host, url.port, url.raw_path, extensions),
-        url.path,
-        request,
-        fold(_decoded(request.headers)),
-    )
-
-
 def _decoded(headers: httpx.Headers) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers.raw]
 
 
-def _reconsider(run: Run, response: httpx.Response) -> None:
-    run.caller.reconsider(lambda: (response.status_code, fold(_decoded(response.headers))))
+def _reconsider(rounds: Rounds, request: Request, response: httpx.Response) -> None:
+    try:
+        rounds.reconsider(request, response.status_code, fold(_decoded(response.headers)))
+    except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
+        rounds.count_error(error, passed=False)
 
 
 def _head(run: Run, response: httpx.Response) -> Verdict | None:
@@ -190,7 +202,8 @@ def _head(run: Run, response: httpx.Response) -> Verdict | None:
         if name in response.extensions
     }
     status = (response.status_code, extensions)
-    return run.recording.head(status, response.status_code, _decoded(response.headers))
+    headers = _decoded(response.headers)
+    return run.recording.head(status, response.status_code, fold(headers), lambda: headers)
 
 
 def _copy(shared: Shared) -> httpx.Response:
@@ -222,6 +235,11 @@ class _ThreadRun(ThreadRun):
         self._response: httpx.Response | None = None
         self._taken: list[bytes] = []
         self._iterator: Iterator[bytes] | None = None
+
+    @property
+    def answered(self) -> bool:
+        """There is an answer to its own request, or the error that it has come to."""
+        return self._response is not None or self.error is not None
 
     def record(self) -> Verdict:
         response = self._response = self._send(self._request)
@@ -280,23 +298,29 @@ class _TaskRun(TaskRun):
         self._response: httpx.Response | None = None
         self._taken: list[bytes] = []
         self._iterator: AsyncIterator[bytes] | None = None
-        #: What ends the leader's own request.
-        self._error: Exception | None = None
         #: The leader's caller has left: nobody takes its answer.
         self._detached = False
 
+    @property
+    def answered(self) -> bool:
+        """There is an answer to its own request, or the error that it has come to."""
+        return self._response is not None or self.error is not None
+
     async def lead(self) -> Verdict:
         try:
-            verdict = self._finish(await self._record())
+            verdict = await self._record()
         except Exception as error:
-            if self._finish_failed():
+            self.error = error
+            ended = self._finish_failed()
+            if ended is None:
+                self.error = None  # the flight takes it to everybody
                 raise
-            self._error = error
-            assert self.round.verdict is not None
-            verdict = self.round.verdict
+            verdict = ended
         except BaseException:
             self._drop()
             raise
+        else:
+            self._finish(verdict)
         if self._detached:
             self._drop()
         return verdict
@@ -328,15 +352,10 @@ class _TaskRun(TaskRun):
 
     async def response(self) -> httpx.Response:
         """The leader's own answer."""
-        response, error = self._response, self._error
-        self._error = None
-        if error is not None:
-            if response is not None:
-                await response.aclose()
-            try:
-                raise error
-            finally:
-                del error  # or this frame and the error would keep each other alive
+        if self.error is not None and self._response is not None:
+            await self._response.aclose()
+        self.raise_error()
+        response = self._response
         assert response is not None
         if self._iterator is None:
             return response

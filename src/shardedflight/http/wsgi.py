@@ -10,12 +10,10 @@ have their answer.
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeAlias, Unpack
+from typing import Any, TypeAlias
 
-from shardedflight import ShardedFlight
-
-from ._rounds import Adapter, Caller
-from ._rules import Options, Pass, Refusal, Request, Verdict, Where, fold
+from ._rounds import Adapter, Caller, Rounds
+from ._rules import DECLARES, Pass, Refusal, Request, Verdict, fold
 from ._run import ThreadRun
 
 __all__ = ["CoalesceMiddleware"]
@@ -42,8 +40,7 @@ class CoalesceMiddleware(Adapter[App]):
     Args:
         app: The application.
         routes: What may be collapsed: path prefixes, or a function of the environ.
-        shareable: What may be shared without Cache-Control: path prefixes, or a function of the
-            environ.
+        shareable: What may be shared without Cache-Control, in the same form.
         flight: Where the executions are in flight. By default one of its own.
         **options: See `Options`.
 
@@ -52,39 +49,36 @@ class CoalesceMiddleware(Adapter[App]):
         ValueError: An option is out of its range.
     """
 
-    def __init__(
-        self,
-        app: App,
-        *,
-        routes: Where,
-        shareable: Where = (),
-        flight: ShardedFlight | None = None,
-        **options: Unpack[Options],
-    ) -> None:
+    def _check(self, app: Any) -> None:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, not {app!r}")
-        super().__init__(app, routes, shareable, flight, **options)
+
+    def _prepare(self) -> None:
+        rules = self._rules
+        self._suspect = _keys_of(rules.suspect)
+        self._keyed = _keys_of(rules.keyed)
+        self._watched = self._suspect | self._keyed
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answers one request."""
         request = self._examine(environ)
         if request is None:
             return self._app(environ, start_response)
-        caller = Caller(self._rounds, request)
-        if caller.passes():
-            return self._app(environ, partial(_start_observed, caller, start_response))
-        run = _Run(self, caller, environ, start_response)
+        observed = partial(_start_observed, self._rounds, request, start_response)
+        if self._rounds.passes(request):
+            return self._app(environ, observed)
+        run = _Run(self, Caller(self._rounds, request), environ, start_response)
         try:
             answer = run.fly(self._flight)
         except Exception as error:
             if run.failed:
                 raise
-            self._rounds.count_error(error)
+            self._rounds.count_error(error, passed=not run.begun)
             answer = None
         if run.begun:
             return run.rest()
         if answer is None:
-            return self._app(environ, partial(_start_observed, caller, start_response))
+            return self._app(environ, observed)
         start_response(answer.status, list(answer.headers))
         return [answer.body] if answer.body else []
 
@@ -92,32 +86,50 @@ class CoalesceMiddleware(Adapter[App]):
         method = native["REQUEST_METHOD"]
         script, info = native.get("SCRIPT_NAME", ""), native.get("PATH_INFO", "")
         path = f"{script}{info}" or "/"
-        refused = self._rounds.rules.admit(method, path, native)
+        rules = self._rules
+        refused = rules.admit(method, path, native)
         if refused is not None:
             return refused
         # The path as it came, where the server tells: gunicorn, uWSGI and mod_wsgi do.
         raw = native.get("RAW_URI") or native.get("REQUEST_URI")
-        verified = native.get("SSL_CLIENT_VERIFY", "NONE") != "NONE"
-        return self._rounds.rules.examine(
-            method,
-            native.get("wsgi.url_scheme", "http"),
-            (script, info, native.get("QUERY_STRING", ""), raw),
-            path,
-            native,
-            _request_headers(native),
-            identified=verified or any(map(native.get, _IDENTITIES)),
-        )
+        fields = {key: native[key] for key in self._watched & native.keys()}
+        identified = _identified(native)
+        authorized = False
+        if identified or not self._suspect.isdisjoint(fields):
+            folded = _all(fields)
+            refused = rules.refuse(folded, identified=identified)
+            if refused is not None:
+                return refused
+            authorized = "authorization" in folded
+            fields = {key: fields[key] for key in self._keyed & fields.keys()}
+        scheme = native.get("wsgi.url_scheme", "http")
+        query = native.get("QUERY_STRING", "")
+        key = (method, scheme, script, info, query, raw, frozenset(fields.items()), authorized)
+        read = partial(_all, native.copy())
+        return Request(key, path, read, authorized, rules.shareable(path, native))
 
 
-def _request_headers(environ: Environ) -> dict[str, str]:
-    found = {
-        name[5:].replace("_", "-").lower(): value
-        for name, value in environ.items()
-        if name.startswith("HTTP_")
-    }
-    if environ.get("CONTENT_LENGTH"):
-        found["content-length"] = environ["CONTENT_LENGTH"]
-    return found
+def _identified(environ: Environ) -> bool:
+    if environ.get("SSL_CLIENT_VERIFY", "NONE") != "NONE":
+        return True
+    return any(map(environ.get, _IDENTITIES))
+
+
+#: The header fields that are not called HTTP_ in the environ, where absent ones may be empty.
+_BARE = ("CONTENT_LENGTH", "CONTENT_TYPE")
+
+
+def _keys_of(names: Iterable[str]) -> frozenset[str]:
+    """Where the environ has header fields."""
+    keys = [name.upper().replace("-", "_") for name in names]
+    return frozenset([key if key in _BARE else f"HTTP_{key}" for key in keys])
+
+
+def _all(environ: Environ) -> dict[str, str]:
+    """All header fields, folded: the server has done that."""
+    found = {key: environ[key] for key in _BARE if environ.get(key)}
+    found |= {key[5:]: value for key, value in environ.items() if key.startswith("HTTP_")}
+    return {key.replace("_", "-").lower(): value for key, value in found.items()}
 
 
 def _code(status: str) -> int:
@@ -125,9 +137,19 @@ def _code(status: str) -> int:
 
 
 def _start_observed(
-    caller: Caller, start_response: StartResponse, status: str, headers: Any, *exc_info: Any
+    rounds: Rounds,
+    request: Request,
+    start_response: StartResponse,
+    status: str,
+    headers: Any,
+    *exc_info: Any,
 ) -> Write:
-    caller.reconsider(lambda: (_code(status), fold(headers)))
+    try:
+        judged = fold(headers)
+        if request.shareable or DECLARES in judged:
+            rounds.reconsider(request, _code(status), judged)
+    except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
+        rounds.count_error(error, passed=False)
     return start_response(status, headers, *exc_info)
 
 
@@ -180,7 +202,8 @@ class _Run(ThreadRun):
             self._start_response(status, headers, exc_info)
         self._head = (status, list(headers), exc_info)
         try:
-            self.recording.head(status, _code(status), self._head[1])
+            given = self._head[1]
+            self.recording.head(status, _code(status), fold(given), lambda: given)
         except Exception as error:  # noqa: BLE001 - the server will say what is wrong with it
             self.rounds.count_error(error, passed=False)
             self.recording.refuse(Refusal.BROKEN)
