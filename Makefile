@@ -125,8 +125,8 @@ pins: .venv/pins-$(KEY)/made
 	@$(resolve) $(ARGS) $(all) pyproject.toml -o requirements/check.txt
 	@$(resolve) --extra test --extra demo --extra bench --extra docs -c requirements/check.txt \
 		pyproject.toml -o requirements/test.txt
-	@$(resolve) --extra docs --extra httpx -c requirements/check.txt pyproject.toml \
-		-o requirements/docs.txt
+	@$(resolve) --extra docs --extra httpx --extra prometheus --extra opentelemetry \
+		-c requirements/check.txt pyproject.toml -o requirements/docs.txt
 	@$(resolve) --extra demo -c requirements/check.txt pyproject.toml -o requirements/demo.txt
 	@$(resolve) --extra bench -c requirements/check.txt pyproject.toml -o requirements/bench.txt
 	@$(resolve) --extra peers -c requirements/check.txt pyproject.toml -o requirements/peers.txt

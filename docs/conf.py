@@ -42,11 +42,14 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r".*"),
-    ("py:.*", r"(asyncio|collections|concurrent|contextlib|functools|httpx|types|typing)\..*"),
+    ("py:.*", r"(asyncio|collections|concurrent|contextlib|functools|types|typing)\..*"),
+    ("py:.*", r"(httpx|opentelemetry|prometheus_client)\..*"),
     # What `coalesce` returns is a function to its users: see decorator.md.
     ("py:class", r"shardedflight\._coalesce\.(Coalesced|Decorator)"),
+    # An observed execution's own.
+    ("py:class", r"Subscription"),
     # Type variables.
-    ("py:class", r"(shardedflight\._\w+\.)?(K|P|P2|R|R2|S|T|V)"),
+    ("py:class", r"(shardedflight\.[\w.]+\.)?(K|P|P2|R|R2|S|T|V|AppT|TransportT)"),
 ]
 
 # `make docs-links`: whether the pages exist; many sites make their anchors by script.

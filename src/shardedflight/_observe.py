@@ -79,7 +79,7 @@ class ObservedExecution:
 
     @property
     def key(self) -> Any:
-        """What makes two calls the same call: one part, or the tuple of several."""
+        """What makes two calls the same call. One part, or the tuple of several."""
         return public_key(self._key)
 
     def __repr__(self) -> str:

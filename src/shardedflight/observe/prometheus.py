@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BUCKETS", "FlightMetrics"]
 
-#: The upper bounds of the histograms' buckets, in seconds: what is worth sharing takes from a
+#: The upper bounds of the histograms' buckets, in seconds. What is worth sharing takes from a
 #: fraction of a millisecond to a minute.
 BUCKETS = (
     0.0005,
