@@ -706,8 +706,7 @@ def count_served(waiters: dict[Any, Any]) -> int:
     """
     served = 0
     for waiter in waiters:
-        cancelled = getattr(waiter, "cancelled", None)
-        if cancelled is None or not cancelled():
+        if not waiter.cancelled():
             served += 1
     return served
 

@@ -320,7 +320,10 @@ class ShardedFlight(Core):
                 assert waiter is not None
                 if self._was_watched and isinstance(record.seat, WatchedSeat):
                     record.seat.join(waiter)
-                if current_run.get() is not None or record.leader == get_ident():
+                leader = record.leader
+                if current_run.get() is not None or (
+                    type(leader) is int and leader == get_ident()
+                ):
                     begin_wait(shard, (record,), waiter)
                     try:
                         answer = await waiter
@@ -363,7 +366,9 @@ class ShardedFlight(Core):
             self._leave_async(shard, h, seat, record, waiter, run)
             raise
         finally:
-            del record, seat, run, waiter  # a traceback may hold this frame: see Failure
+            # A traceback may hold this frame: see Failure.
+            del record, seat, run, waiter
+            leader = None
 
     def _start(self, run: LoopRun, coroutine: Coroutine[Any, Any, None]) -> None:
         """Runs `coroutine`, a run's, in a task; its first step at once where possible."""

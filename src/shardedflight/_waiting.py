@@ -37,9 +37,13 @@ TAKE_OVER: Final = object()
 
 
 class Waiter:
-    """A follower with its own way of being woken. Both methods may be called on any thread."""
+    """A follower with its own way of being woken. Its methods may be called on any thread."""
 
     __slots__ = ()
+
+    def cancelled(self) -> bool:
+        """Whether it has been cancelled, as `asyncio.Future.cancelled`: it may not have left yet."""
+        return False
 
     def wake(self, execution: Execution) -> None:
         """`execution` has ended. May be called twice."""
