@@ -278,9 +278,7 @@ class ShardedFlight(Core):
 
     # -- coroutines -------------------------------------------------------------------------------
 
-    async def do_async(  # noqa: C901 - the hot path, written out
-        self, fn: Callable[[], Awaitable[T]], /, *parts: Any
-    ) -> tuple[T, bool]:
+    async def do_async(self, fn: Callable[[], Awaitable[T]], /, *parts: Any) -> tuple[T, bool]:
         """Awaits what `fn` returns, or the execution that already runs for this key.
 
         The awaitable runs in a task that the flight owns, on this event loop, with a copy of this
@@ -321,9 +319,7 @@ class ShardedFlight(Core):
                 if self._was_watched and isinstance(record.seat, WatchedSeat):
                     record.seat.join(waiter)
                 leader = record.leader
-                if current_run.get() is not None or (
-                    type(leader) is int and leader == get_ident()
-                ):
+                if current_run.get() is not None or (type(leader) is int and leader == get_ident()):
                     begin_wait(shard, (record,), waiter)
                     try:
                         answer = await waiter

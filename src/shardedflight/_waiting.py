@@ -42,7 +42,7 @@ class Waiter:
     __slots__ = ()
 
     def cancelled(self) -> bool:
-        """Whether it has been cancelled, as `asyncio.Future.cancelled`: it may not have left yet."""
+        """Whether it was cancelled, as `asyncio.Future.cancelled`; it may not have left yet."""
         return False
 
     def wake(self, execution: Execution) -> None:
