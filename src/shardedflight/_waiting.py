@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from _thread import allocate_lock, start_new_thread
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any, Final
 
@@ -217,7 +217,7 @@ class LoopRun(Run):
         "task",
         "thread",
         "value",
-        "waits",
+        "watch",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -236,8 +236,8 @@ class LoopRun(Run):
         self.error: BaseException | None = None
         #: Of a run for many keys: the executions that somebody still wants, by their seats' ids.
         self.pending: set[int] | None = None
-        #: What the tasks in its context wait for, by the futures that they await: see `_deadlock`.
-        self.waits: dict[asyncio.Future[Any], tuple[Any, Sequence[Execution]]] | None = None
+        #: What the tasks in its context wait for: the `Watch` of `_deadlock`, once there is one.
+        self.watch: Any = None
 
     def needed_thread(self) -> int:
         """The thread that runs the loop, or that has run it and may do so again."""
