@@ -1040,6 +1040,35 @@ def test_a_wait_on_another_loop_in_the_context_of_a_run() -> None:
     assert_clean(flight)
 
 
+def test_a_wait_on_another_loop_is_not_taken_for_one_of_the_runs_own_thread() -> None:
+    """Section 7: a thread started in a run's context waits for what leads on the run's thread."""
+    flight = ShardedFlight()
+    gate = threading.Event()
+    children: list[Future[Any]] = []
+
+    async def function() -> str:
+        delays = looks(asyncio.get_running_loop())
+        context = contextvars.copy_context()
+        children.append(spawn(context.run, asyncio.run, flight.do_async(never_async, "outer")))
+        await eventually_async(lambda: flight.stats().waiting == 1)
+        child = asyncio.create_task(flight.do_async(never_async, "other"))
+        await eventually_async(lambda: len(delays) > 3)
+        gate.set()
+        await child
+        return "value"
+
+    def outer() -> Any:
+        return asyncio.run(flight.do_async(function, "k"))[0]
+
+    other = spawn(flight.do, lambda: gate.wait(PATIENCE), "other")
+    eventually(lambda: flight.in_flight() == 1)
+    assert spawn(flight.do, outer, "outer").result(PATIENCE) == ("value", True)
+    assert children[0].result(PATIENCE) == ("value", True)
+    other.result(PATIENCE)
+    assert flight.stats().deadlocks == 0
+    assert_clean(flight)
+
+
 def test_an_uncaught_deadlock_in_a_task_group_comes_out_of_the_group() -> None:
     """Section 7, sentence 1: the group's own rules for the error of a child hold."""
     flight = ShardedFlight()

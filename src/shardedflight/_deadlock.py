@@ -160,8 +160,7 @@ class Watch:
             Whether it need not be looked at now: it will be soon, together with others.
         """
         self.waits[future] = (task, executions, shard)
-        # What runs on another loop can not be awaited by the run's task.
-        if task is run.task or future.get_loop() is not run.loop:
+        if not self._watched(run, future, task):
             return False
         if self._soon:
             return True
@@ -184,6 +183,10 @@ class Watch:
         if handle is not None:
             handle.cancel()
 
+    def _watched(self, run: LoopRun, future: Any, task: Any) -> bool:
+        # What runs on another loop can not be awaited by the run's task.
+        return task is not run.task and future.get_loop() is run.loop
+
     def _call(self, run: LoopRun, delay: float) -> None:
         if delay:
             self._handle = run.loop.call_later(delay, self.look, run)
@@ -199,7 +202,7 @@ class Watch:
             waits = [
                 (future, *wait)
                 for future, wait in list(self.waits.items())
-                if wait[0] is not run.task and not future.done()
+                if self._watched(run, future, wait[0]) and not future.done()
             ]
             if run.task is None or not waits:
                 return
