@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 
-import shardedflight
 from shardedflight import DeadlockError, FlightTimeout, ShardedFlight
+from shardedflight._deadlock import Watch
 
 KINDS = ("thread", "task", "future")
 
@@ -374,9 +374,6 @@ def do_inside_do_with_a_follower(flight: ShardedFlight) -> object:
 @pytest.mark.usefixtures("no_collector")
 def test_the_error_goes_when_it_is_dropped(recursion: Callable[[ShardedFlight], object]) -> None:
     """Section 3 for a deadlock: neither it nor a frame that it passed is kept by a cycle."""
-    by_future = recursion in (do_inside_do_future, result_of_do_future_inside_do_future)
-    if by_future and not shardedflight.__compiled__ and sys.version_info < (3, 13):
-        pytest.xfail("the keys are named by frames' f_locals, which the frames keep as they were")
 
     def dropped() -> "weakref.ref[BaseException]":
         try:
@@ -707,33 +704,369 @@ def test_a_cycle_of_a_thread_and_a_child_task(wait: Wait) -> None:
         assert_clean(flight)
 
 
-@pytest.mark.xfail(
-    reason="a wait is looked at twice: when it begins, and one round of the loop later"
-)
-def test_recursion_through_a_child_that_is_awaited_long_after_it_began_to_wait() -> None:
+# Cycles that a function closes by an await of asyncio's, long after its child has begun to wait.
+
+Begin = Callable[[Coroutine[Any, Any, Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
+
+
+def late_by(wait: Callable[["asyncio.Task[Any]"], Awaitable[Any]]) -> Begin:
+    """Starts the coroutine as a task, lets the other function pass the time, then waits."""
+
+    async def begin(coroutine: Coroutine[Any, Any, Any], passing: Callable[..., Any]) -> Any:
+        task = asyncio.create_task(coroutine)
+        await passing()
+        return await wait(task)
+
+    return begin
+
+
+async def late_by_task_group(
+    coroutine: Coroutine[Any, Any, Any], passing: Callable[[], Awaitable[Any]]
+) -> Any:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(coroutine)
+        await passing()
+    return task.result()
+
+
+async def plainly(task: "asyncio.Task[Any]") -> Any:
+    return await task
+
+
+async def of_wait(task: "asyncio.Task[Any]") -> Any:
+    await asyncio.wait([task, asyncio.create_task(asyncio.sleep(0))])
+    return task.result()
+
+
+async def of_a_nested_task(task: "asyncio.Task[Any]") -> Any:
+    return await asyncio.create_task(by_shield(plainly(task)))
+
+
+LATE: dict[str, Begin] = {
+    "await": late_by(plainly),
+    "gather": late_by(lambda task: by_gather(plainly(task))),
+    "wait": late_by(of_wait),
+    "wait_for": late_by(lambda task: asyncio.wait_for(task, PATIENCE)),
+    "shield": late_by(lambda task: asyncio.shield(task)),
+    "timeout": late_by(lambda task: by_timeout(plainly(task))),
+    "nested": late_by(of_a_nested_task),
+    "group": late_by_task_group,
+}
+in_every_late_way = pytest.mark.parametrize("begin", LATE.values(), ids=LATE)
+
+
+def long_waiting(flight: ShardedFlight, waiting: int = 1) -> Callable[[], Awaitable[None]]:
+    """Passes more than the round of the loop after as many have begun to wait."""
+
+    async def passing() -> None:
+        await eventually_async(lambda: flight.stats().waiting >= waiting)
+        for _ in range(10):
+            await asyncio.sleep(0.001)
+
+    return passing
+
+
+@in_every_late_way
+def test_recursion_through_a_child_that_is_awaited_long_after_it_began_to_wait(
+    begin: Begin,
+) -> None:
     """Section 7, sentence 1: "any cycle of keys across threads and tasks"."""
     flight = ShardedFlight()
-    children: list[asyncio.Task[Any]] = []
+    ring = Ring([flight], "k", catch=True)
 
     async def function() -> Any:
-        child = asyncio.create_task(flight.do_async(never_async, "k"))
-        children.append(child)
-        for _ in range(10):
-            await asyncio.sleep(0)
+        return await begin(ring.coroutine(0), long_waiting(flight))
+
+    run = spawn(lambda: asyncio.run(flight.do_async(function, "k"), debug=True))
+    assert run.result(PATIENCE) == ("fallback", False)
+    assert_names(ring.caught[0], "k")
+    assert flight.stats().deadlocks == 1
+    assert_clean(flight)
+
+
+def test_an_uncaught_error_of_a_child_that_is_awaited_late_is_that_of_the_await() -> None:
+    """Section 7, sentence 1: "raise": out of the await that has closed the cycle."""
+    flight = ShardedFlight()
+
+    async def rest(keys: Sequence[str]) -> Any:
+        return dict.fromkeys(keys)
+
+    async def function(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        child = asyncio.create_task(call())
+        await long_waiting(flight)()
         return await child
 
-    async def main() -> None:
-        leader = asyncio.create_task(flight.do_async(function, "k"))
-        for _ in range(1000):
-            await asyncio.sleep(0)
-        found = leader.done()
-        leader.cancel()
-        children[0].cancel()
-        answers = await asyncio.gather(leader, *children, return_exceptions=True)
-        assert found
-        assert type(answers[0]) is DeadlockError
+    calls = (
+        lambda: flight.do_async(never_async, "k"),
+        lambda: flight.do_many_async(rest, ["k", "other"]),
+    )
+    for call in calls:
+        error = spawn_loop(
+            lambda call=call: flight.do_async(lambda: function(call), "k")
+        ).exception(PATIENCE)
+        assert_names(deadlock_in(error), "k")
+        assert_clean(flight)
 
-    spawn_loop(main).result(PATIENCE)
+
+@pytest.mark.parametrize("loops", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+@in_every_late_way
+def test_a_cycle_of_two_keys_through_children_that_are_awaited_late(
+    begin: Begin, count: int, loops: int
+) -> None:
+    """Section 7, sentence 1: on one flight or two, on one event loop or two."""
+    flights = [ShardedFlight() for _ in range(count)]
+    ring = Ring(flights * (2 // count), "AB", catch=True)
+
+    async def passing() -> None:
+        await eventually_async(lambda: sum(flight.stats().waiting for flight in flights) == 2)
+        await long_waiting(flights[0], waiting=0)()
+
+    def call(n: int) -> Coroutine[Any, Any, Any]:
+        return ring.flights[n].do_async(lambda: begin(ring.coroutine(n), passing), "AB"[n])
+
+    async def main() -> list[Any]:
+        return list(await asyncio.gather(call(0), call(1)))
+
+    if loops == 1:
+        answers = spawn_loop(main).result(PATIENCE)
+    else:
+        answers = [
+            caller.result(PATIENCE)
+            for caller in [spawn_loop(lambda n=n: call(n)) for n in range(2)]
+        ]
+    assert [answer for answer, _ in answers] == ["fallback"] * 2
+    assert len(ring.caught) == 1
+    assert_names(ring.caught[0], "A", "B")
+    assert_clean(*flights)
+
+
+def test_a_cycle_of_a_thread_and_a_child_that_is_awaited_late() -> None:
+    """Section 7, sentence 1: the thread's wait is part of a cycle that begins after it."""
+    flight = ShardedFlight()
+    ring = Ring([flight] * 2, "AB", catch=True)
+
+    async def function() -> Any:
+        return await LATE["gather"](ring.coroutine(0), long_waiting(flight, 2))
+
+    callers = [spawn_loop(lambda: flight.do_async(function, "A")), ring.call("thread", 1)]
+    assert [caller.result(PATIENCE)[0] for caller in callers] == ["fallback"] * 2
+    assert_names(ring.caught[0], "A", "B")
+    assert flight.stats().deadlocks == 1
+    assert_clean(flight)
+
+
+def test_a_child_that_is_awaited_late_and_leads_what_waits_for_its_parent() -> None:
+    """Section 7, sentence 1: the child waits for a run of its own, and that for the parent."""
+    flight = ShardedFlight()
+
+    async def inner() -> Any:
+        return await flight.do_async(never_async, "outer")
+
+    async def function() -> Any:
+        child = asyncio.create_task(flight.do_async(inner, "inner"))
+        await long_waiting(flight)()
+        return await child
+
+    error = spawn_loop(lambda: flight.do_async(function, "outer")).exception(PATIENCE)
+    assert isinstance(error, DeadlockError)
+    assert_names(error, "outer", "inner")
+    assert flight.stats().deadlocks == 1
+    assert_clean(flight)
+
+
+def test_of_two_children_that_wait_long_only_the_one_that_is_awaited_is_refused() -> None:
+    """Section 7, sentence 1: what is looked at together is told apart."""
+    for first in (False, True):
+        flight = ShardedFlight()
+        children: list[asyncio.Task[Any]] = []
+
+        async def function(first: bool, flight: ShardedFlight, children: list[Any]) -> str:
+            children += [asyncio.create_task(flight.do_async(never_async, "k")) for _ in range(2)]
+            await long_waiting(flight, 2)()
+            with pytest.raises(DeadlockError):
+                await children.pop(0 if first else 1)
+            return "value"
+
+        async def main(run: Any, children: list[Any] = children) -> Any:
+            return await run, await children[0]
+
+        run = flight.do_async(
+            lambda first=first, flight=flight, children=children: function(first, flight, children),
+            "k",
+        )
+        answers = spawn_loop(lambda run=run, main=main: main(run)).result(PATIENCE)
+        assert answers == (("value", True), ("value", True))
+        assert flight.stats().deadlocks == 1
+        assert_clean(flight)
+
+
+def looks(loop: asyncio.AbstractEventLoop) -> list[float]:
+    """Has the delays of the timers with which a run watches its children listed."""
+    delays: list[float] = []
+    call_later = loop.call_later
+
+    def listening(delay: float, callback: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(callback, "__func__", None) is Watch.look:
+            delays.append(delay)
+        return call_later(delay, callback, *args, **kwargs)
+
+    loop.call_later = listening  # type: ignore[method-assign]
+    return delays
+
+
+def test_children_that_wait_long_are_looked_at_at_growing_intervals() -> None:
+    """Section 7: a wait that is no deadlock keeps no loop busy."""
+    flight = ShardedFlight()
+    gate = threading.Event()
+
+    async def function() -> Any:
+        delays = looks(asyncio.get_running_loop())
+        child = asyncio.create_task(flight.do_async(never_async, "other"))
+        await eventually_async(lambda: len(delays) > 5)
+        gate.set()
+        await child
+        return delays
+
+    other = spawn(flight.do, lambda: gate.wait(PATIENCE), "other")
+    eventually(lambda: flight.in_flight() == 1)
+    delays, _ = spawn_loop(lambda: flight.do_async(function, "k")).result(PATIENCE)
+    other.result(PATIENCE)
+    assert min(delays) >= 0.001
+    assert all(later >= 2 * sooner for sooner, later in itertools.pairwise(delays[:5]))
+
+
+def test_no_timer_is_left_when_no_child_waits() -> None:
+    """Section 7: whether the children were served, were cancelled, or outlive the run."""
+    flight = ShardedFlight()
+    gates = [threading.Event() for _ in range(2)]
+    children: list[asyncio.Task[Any]] = []
+
+    def timers() -> int:
+        scheduled = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+        return sum(
+            not handle._cancelled and getattr(handle._callback, "__func__", None) is Watch.look
+            for handle in scheduled
+        )
+
+    def ask(key: int) -> "asyncio.Task[Any]":
+        return asyncio.create_task(flight.do_async(never_async, key))
+
+    async def function() -> str:
+        served, cancelled = ask(0), ask(1)
+        await eventually_async(lambda: timers() == 1)
+        gates[0].set()
+        await served
+        await eventually_async(lambda: timers() == 1)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        assert timers() == 0
+        children.append(ask(1))
+        await eventually_async(lambda: timers() == 1)
+        return "value"
+
+    async def main() -> None:
+        assert await flight.do_async(function, "k") == ("value", False)
+        await eventually_async(lambda: timers() == 0)
+        assert not children[0].done()
+        gates[1].set()
+        await children[0]
+        assert timers() == 0
+
+    leaders = [spawn(flight.do, lambda n=n: gates[n].wait(PATIENCE), n) for n in range(2)]
+    eventually(lambda: flight.in_flight() == 2)
+    spawn(lambda: asyncio.run(main(), debug=True)).result(PATIENCE)
+    assert [leader.result(PATIENCE) for leader in leaders] == [(True, True)] * 2
+    assert_clean(flight)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_many_children_that_wait_are_looked_at_together(own: bool) -> None:
+    """Section 7 at a price: 2,000 waits of children are not 2,000 walks through all of them."""
+    flight = ShardedFlight()
+    gate = threading.Event()
+    count = 2_000
+    steps = 0
+
+    def count_steps(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    async def middle() -> Any:
+        calls = [flight.do_async(never_async, "leaf") for _ in range(count)]
+        return len(await asyncio.gather(*calls))
+
+    async def function() -> Any:
+        asked = "k" if own else "middle"
+        children = [asyncio.create_task(flight.do_async(middle, asked)) for _ in range(count)]
+        await long_waiting(flight, count)()
+        gate.set()
+        return len(await asyncio.gather(*children, return_exceptions=own))
+
+    async def main() -> Any:
+        sys.setprofile(count_steps)
+        try:
+            return await flight.do_async(function, "k")
+        finally:
+            sys.setprofile(None)
+
+    leaf = spawn(flight.do, lambda: gate.wait(PATIENCE), "leaf")
+    eventually(lambda: flight.in_flight() == 1)
+    assert spawn_loop(main).result(PATIENCE) == (count, False)
+    leaf.result(PATIENCE)
+    assert flight.stats().deadlocks == (count if own else 0)
+    assert steps < 1_000 * count
+
+
+def test_a_wait_on_another_loop_in_the_context_of_a_run() -> None:
+    """Section 7: `to_thread` copies the context; timers are set on a loop's own thread only."""
+    flight = ShardedFlight()
+    gate = threading.Event()
+
+    async def elsewhere() -> Any:
+        other = asyncio.create_task(flight.do_async(never_async, "other"))
+        await long_waiting(flight)()
+        gate.set()
+        return (await other)[0]
+
+    async def function() -> Any:
+        return await asyncio.to_thread(lambda: asyncio.run(elsewhere(), debug=True))
+
+    other = spawn(flight.do, lambda: gate.wait(PATIENCE), "other")
+    eventually(lambda: flight.in_flight() == 1)
+    run = spawn(lambda: asyncio.run(flight.do_async(function, "k"), debug=True))
+    assert run.result(PATIENCE) == (True, False)
+    other.result(PATIENCE)
+    assert_clean(flight)
+
+
+def test_a_wait_on_another_loop_is_not_taken_for_one_of_the_runs_own_thread() -> None:
+    """Section 7: a thread started in a run's context waits for what leads on the run's thread."""
+    flight = ShardedFlight()
+    gate = threading.Event()
+    children: list[Future[Any]] = []
+
+    async def function() -> str:
+        delays = looks(asyncio.get_running_loop())
+        context = contextvars.copy_context()
+        children.append(spawn(context.run, asyncio.run, flight.do_async(never_async, "outer")))
+        await eventually_async(lambda: flight.stats().waiting == 1)
+        child = asyncio.create_task(flight.do_async(never_async, "other"))
+        await eventually_async(lambda: len(delays) > 3)
+        gate.set()
+        await child
+        return "value"
+
+    def outer() -> Any:
+        return asyncio.run(flight.do_async(function, "k"))[0]
+
+    other = spawn(flight.do, lambda: gate.wait(PATIENCE), "other")
+    eventually(lambda: flight.in_flight() == 1)
+    assert spawn(flight.do, outer, "outer").result(PATIENCE) == ("value", True)
+    assert children[0].result(PATIENCE) == ("value", True)
+    other.result(PATIENCE)
+    assert flight.stats().deadlocks == 0
+    assert_clean(flight)
 
 
 def test_an_uncaught_deadlock_in_a_task_group_comes_out_of_the_group() -> None:

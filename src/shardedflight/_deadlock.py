@@ -6,20 +6,28 @@ runs its function, and that one needs what it waits for. Leaders enter nothing. 
 of CPython's import locks (`importlib._bootstrap._ModuleLock.has_deadlock`), with tasks added:
 
 - The task of a run needs the tasks that it awaits, directly or by what asyncio has for that
-  (`gather`, `TaskGroup`, `wait`, `wait_for`, `shield`), and what they wait for.
+  (`gather`, `TaskGroup`, `wait`, `wait_for`, `shield`), and what they wait for. Who awaits a future
+  is read from the future's callbacks, upwards, from the task that waits to that of the run.
 - It needs the thread of its event loop, too: who blocks that thread is on the chain.
 
 Whatever a run's function starts inherits its context. So `current_run` tells all other coroutines
 that no chain can lead back to them and that there is nothing to look for; and a run's own waits are
 entered in the run.
+
+**Waits of children.** A child may begin to wait for a key long before its parent awaits it. Then
+that await closes the cycle, and it is asyncio's own, which tells nobody. So as long as children of
+a run wait, the run's `Watch` looks at them again: in the next round of the loop, a millisecond
+later, and then at intervals that double up to a second. It looks at all of them together, for a
+small part of the time at the most, and its one timer goes when no child waits any more.
 """
 
 import asyncio
 import os
 import sys
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -31,7 +39,6 @@ from ._core import (
     Shard,
     all_flights,
     compiled,
-    gil_enabled,
     public_key,
 )
 from ._lock import SteadyLock
@@ -89,6 +96,7 @@ def begin_wait(
         DeadlockError: They wait for this thread or task, directly or not. Nothing is entered then.
     """
     try:
+        left_to_watch = False
         if future is None:
             task = None
             me = get_ident()
@@ -104,15 +112,12 @@ def begin_wait(
         else:
             task = asyncio.current_task()
         with _lock:
-            if future is not None:
-                run = current_run.get()
-                if run is not None:
-                    if run.waits is None:
-                        run.waits = {}
-                    run.waits[future] = (task, executions)
-                    # A child may begin to wait before its parent begins to await it.
-                    future.get_loop().call_soon(_look_again, shard, executions, future, task)
-            error = _find_cycle(executions, task, ())
+            run = None if future is None else current_run.get()
+            if run is not None and run.task is not None:
+                if run.watch is None:
+                    run.watch = Watch()
+                left_to_watch = run.watch.enter(run, future, task, executions, shard)
+            error = None if left_to_watch else _find_cycle(executions, task, run, set())
         if error is not None:
             shard.count_deadlock()
             try:
@@ -126,21 +131,100 @@ def begin_wait(
         raise
 
 
-def _look_again(
-    shard: Shard,
-    executions: Sequence[Execution],
-    future: "asyncio.Future[Any]",
-    task: "asyncio.Task[Any] | None",
-) -> None:
-    """One round of the loop after `task` began to wait: it is told by the future."""
-    if future.done():
-        return
-    with _lock:
-        error = _find_cycle(executions, task, ())
-    if error is not None:
-        shard.count_deadlock()
-        future.set_exception(error)
-        future.exception()  # who awaits it may be cancelled first: asyncio need not complain
+class Watch:
+    """The waits inside of a run, and when those of its children are looked at again.
+
+    Changed under the module's lock, or on the thread of the run's loop.
+    """
+
+    __slots__ = ("_cost", "_handle", "_pause", "_soon", "waits")
+
+    def __init__(self) -> None:
+        #: By the futures that are awaited: which task does, what it waits for, and where a deadlock
+        #: is counted.
+        self.waits: dict[Any, tuple[Any, Sequence[Any], Shard]] = {}
+        #: The next look, while there is one to come.
+        self._handle: asyncio.Handle | None = None
+        #: It comes as soon as it may. Otherwise it comes `_pause` seconds after the last one.
+        self._soon = False
+        self._pause = 0.0
+        #: How many seconds the last look took.
+        self._cost = 0.0
+
+    def enter(
+        self, run: LoopRun, future: Any, task: Any, executions: Sequence[Any], shard: Shard
+    ) -> bool:
+        """`task`, which is in the context of `run`, begins to wait by awaiting `future`.
+
+        Returns:
+            Whether it need not be looked at now: it will be soon, together with others.
+        """
+        self.waits[future] = (task, executions, shard)
+        if not self._watched(run, future, task):
+            return False
+        if self._soon:
+            return True
+        self.stop()
+        self._soon = True
+        self._pause = _FIRST_PAUSE
+        self._call(run, self._cost / _SHARE if self._cost > _SHORT else 0.0)
+        return False
+
+    def leave(self, run: LoopRun, future: Any) -> None:
+        """Ends what `enter` began."""
+        entered = self.waits.pop(future, None)
+        if entered is not None and not self.waits and future.get_loop() is run.loop:
+            self.stop()
+
+    def stop(self) -> None:
+        """Does not look again until another child begins to wait."""
+        handle, self._handle = self._handle, None
+        self._soon = False
+        if handle is not None:
+            handle.cancel()
+
+    def _watched(self, run: LoopRun, future: Any, task: Any) -> bool:
+        # What runs on another loop can not be awaited by the run's task.
+        return task is not run.task and future.get_loop() is run.loop
+
+    def _call(self, run: LoopRun, delay: float) -> None:
+        if delay:
+            self._handle = run.loop.call_later(delay, self.look, run)
+        else:
+            self._handle = run.loop.call_soon(self.look, run)
+
+    def look(self, run: LoopRun) -> None:
+        """Tells the children whose waits are in a cycle by now, by what they await."""
+        begun = run.loop.time()
+        self._handle = None
+        self._soon = False
+        with _lock:
+            waits = [
+                (future, *wait)
+                for future, wait in list(self.waits.items())
+                if self._watched(run, future, wait[0]) and not future.done()
+            ]
+            if run.task is None or not waits:
+                return
+            # First those that hold up the run: what is harmless to them is so to the others.
+            waits.sort(key=lambda wait: not _awaits(run, wait[1]))
+            harmless: set[Any] = set()
+            for future, task, executions, shard in waits:
+                error = _find_cycle(executions, task, run, harmless)
+                if error is not None:
+                    del self.waits[future]  # or others would see it in a cycle, too
+                    shard.count_deadlock()
+                    future.set_exception(error)
+                    future.exception()  # its task may be cancelled first: nobody need complain
+        self._cost = run.loop.time() - begun
+        self._call(run, max(self._pause, self._cost / _SHARE))
+        self._pause = min(2 * self._pause, _LAST_PAUSE)
+
+
+#: Seconds between looks.
+_FIRST_PAUSE, _LAST_PAUSE = 0.001, 1.0
+#: The part of the time that a run's looks may take, if one takes longer than so many seconds.
+_SHARE, _SHORT = 0.05, 0.0001
 
 
 def check_wait(
@@ -156,22 +240,30 @@ def check_wait(
     """
     task = None if blocking else asyncio.current_task()
     with _lock:
-        error = _find_cycle(executions, task, first)
+        run = None if blocking else current_run.get()
+        error = _find_cycle(executions, task, run, set(), first)
     if error is not None:
         shard.count_deadlock()
         try:
             raise error
         finally:
-            del error, executions, first, task  # see begin_wait
+            del error, executions, first, run, task  # see begin_wait
 
 
 def _find_cycle(
-    executions: Sequence[Execution], task: "asyncio.Task[Any] | None", first: Sequence[Execution]
+    executions: Sequence[Execution],
+    task: "asyncio.Task[Any] | None",
+    run: LoopRun | None,
+    harmless: set[Any],
+    first: Sequence[Execution] = (),
 ) -> DeadlockError | None:
-    path = _path_back(executions, task, first)
-    # Nobody begins to wait meanwhile, but somebody may cease to: a real cycle is still there.
-    if path and path == _path_back(executions, task, first):
-        return _error(path, task, [execution.seat for execution in first])
+    path = _path_back(executions, task, run, harmless, first)
+    while path:
+        # Nobody begins to wait meanwhile, but somebody may cease to: a real cycle is still there.
+        again = _path_back(executions, task, run, harmless, first)
+        if again == path:
+            return _error(path, task, [execution.seat for execution in first])
+        path = again
     return None
 
 
@@ -181,18 +273,21 @@ def end_wait(future: "asyncio.Future[Any] | None" = None) -> None:
         _blocked.pop(get_ident(), None)
     else:
         run = current_run.get()
-        if run is not None and run.waits is not None:
-            run.waits.pop(future, None)
+        if run is not None and run.watch is not None:
+            run.watch.leave(run, future)
 
 
 def _path_back(
     executions: Sequence[Execution],
     task: "asyncio.Task[Any] | None",
+    run: LoopRun | None,
+    harmless: set[Any],
     first: Iterable[Execution],
 ) -> list[Execution] | None:
     """The chain from one of `executions` to one that the caller holds up, `first` left aside.
 
-    The caller is this thread, and `task` if it only awaits.
+    The caller is this thread, and `task` of `run` if it only awaits. Of what is in `harmless` no
+    chain leads to the caller; what is found to be so is added.
     """
     thread = get_ident()
     if len(executions) == 1:  # the usual case, quickly: a leader that waits for nothing
@@ -201,13 +296,13 @@ def _path_back(
             leader = _thread_of(leader)
             if leader != thread and leader not in _blocked:
                 return None
-    own_run = current_run.get() if task is not None else None
-    seen = set(first)
+    #: Executions, and leaders: all that one leads needs the same.
+    seen: set[Any] = set(first)
     # Depth first, without recursion: each entry is an execution and the chain before it.
     stack: list[tuple[Execution, tuple[Any, ...]]] = [(e, ()) for e in executions]
     while stack:
         execution, before = stack.pop()
-        if execution in seen:
+        if execution in seen or execution in harmless:
             continue
         seen.add(execution)
         chain = (execution, before)
@@ -216,17 +311,24 @@ def _path_back(
         if leading_thread is not None:
             if leading_thread == thread:  # its function is on this stack, maybe below an event loop
                 return _unchained(chain)
-            needed = _blocked.get(leading_thread, ())
+            if leading_thread in seen or leading_thread in harmless:
+                continue
+            seen.add(leading_thread)
+            needed: Iterable[Execution] = _blocked.get(leading_thread, ())
         elif isinstance(leader, LoopRun) and not leader.loop.is_closed():
             loop_thread = leader.needed_thread()
             if task is None and loop_thread == thread:
                 return _unchained(chain)
-            if leader is own_run and _awaits(leader, task):
+            if leader is run and _awaits(leader, task):
                 return _unchained(chain)
+            if leader in seen or leader in harmless:
+                continue
+            seen.add(leader)
             needed = [*_blocked.get(loop_thread, ()), *_waits(leader)]
         else:
             continue  # it is about to begin, or to be replaced: it waits for nothing
         stack += [(e, chain) for e in needed]
+    harmless |= seen
     return None
 
 
@@ -250,88 +352,75 @@ def _unchained(chain: tuple[Any, ...]) -> list[Execution]:
 
 def _waits(run: LoopRun) -> Iterator[Execution]:
     """What the task of `run` waits for, itself or by a task that it awaits."""
-    waits = list((run.waits or {}).values())
-    if not waits:
-        return
-    needed = _needed(run)
-    for task, executions in waits:
-        if task in needed if needed is not None else _awaits(run, task):
-            yield from executions
+    if run.watch is not None:
+        for task, executions, _ in list(run.watch.waits.values()):
+            if _awaits(run, task):
+                yield from executions
 
 
 # -- what a task awaits ---------------------------------------------------------------------------
 
 
-def _awaits(run: LoopRun, task: "asyncio.Future[Any] | None") -> bool:
+def _awaits(run: LoopRun, task: "asyncio.Task[Any] | None") -> bool:
     """Whether the task of `run` is `task`, or can not go on before `task` has ended."""
-    if run.task is None or task is None:
+    goal = run.task
+    if goal is None or task is None:
         return False
-    needed = _needed(run)
-    if needed is not None:
-        return task in needed
-    # Since 3.14 asyncio itself keeps who awaits a future, and may be asked on any thread.
-    return run.task in _reachable(task, _awaiters)
-
-
-def _needed(run: LoopRun) -> set[Any] | None:
-    """The task of `run` and all that it awaits. None if that can not be looked into from here."""
-    if run.task is None:
-        return set()
-    # A coroutine's frames may only be read where they can not go meanwhile.
-    if asyncio._get_running_loop() is run.loop or gil_enabled():
-        return _reachable(run.task, _awaited_by_task)
-    return None
-
-
-def _reachable(start: Any, further: Callable[[Any], Iterable[Any]]) -> set[Any]:
-    seen = {start}
-    stack = [start]
+    stack: list[Any] = [task]
+    seen: set[Any] = set(stack)
     while stack:
-        new = [future for future in further(stack.pop()) if future not in seen]
+        future = stack.pop()
+        if future is goal:
+            return True
+        new = [further for further in _awaiting(future) if further not in seen]
         seen.update(new)
         stack += new
-    return seen
+    return False
 
 
-def _awaiters(future: "asyncio.Future[Any]") -> Iterable[Any]:
-    return getattr(future, "_asyncio_awaited_by", None) or ()
+#: By whom asyncio has a future tell others: in which variable of which callback they are.
+_TOLD = {
+    "gather.<locals>._done_callback": "outer",
+    "shield.<locals>._inner_done_callback": "outer",
+    "_wait.<locals>._on_completion": "waiter",
+}
 
 
-def _awaited_by_task(future: "asyncio.Future[Any]") -> "Iterator[asyncio.Future[Any]]":
-    """The futures that `future`, often a task, needs. These are asyncio's own names for them."""
-    awaited = getattr(future, "_fut_waiter", None)
-    if awaited is not None:
-        yield awaited
-        if isinstance(future, asyncio.Task):
-            yield from _awaited_in_coroutine(future.get_coro())
-    yield from tuple(getattr(future, "_children", ()))  # of what gather returns
-    for callback, *_ in getattr(future, "_callbacks", None) or ():
-        code = getattr(callback, "__code__", None)
-        if code is not None and code.co_qualname.startswith("shield.<locals>"):
-            cells = dict(zip(code.co_freevars, callback.__closure__, strict=True))
-            if "inner" in cells:
-                yield cells["inner"].cell_contents
+def _awaiting(future: "asyncio.Future[Any]") -> "Iterator[asyncio.Future[Any]]":
+    """The futures, often tasks, that need `future`. All names are asyncio's own.
+
+    May be asked on any thread: callbacks come and go, and are not changed.
+    """
+    callbacks: Any = getattr(future, "_callbacks", None) or ()
+    for callback, *_ in tuple(callbacks):
+        owner: Any = getattr(callback, "__self__", None)
+        if getattr(owner, "_fut_waiter", None) is future:  # a task, that will be woken
+            yield owner
+        elif isinstance(owner, asyncio.TaskGroup):
+            needing = getattr(owner, "_on_completed_fut", None)
+            if needing is not None:  # the parent has come to the end of the block
+                yield needing
+        elif isinstance(callback, partial):
+            if callback.func is _release_waiter:  # wait_for, before 3.12
+                yield callback.args[0]
+        elif getattr(callback, "__module__", None) == "asyncio.tasks":
+            needing = _told_by(callback)
+            if needing is not None:
+                yield needing
 
 
-_WAITING_CODE = frozenset(
-    function.__code__ for function in (asyncio.TaskGroup.__aexit__, asyncio.wait, asyncio.wait_for)
-)
+_release_waiter = getattr(asyncio.tasks, "_release_waiter", None)
 
 
-def _awaited_in_coroutine(coroutine: Any) -> "Iterator[asyncio.Future[Any]]":
-    """The tasks for which asyncio's functions wait by awaiting a future of their own."""
-    while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", None)
-        if frame is not None and frame.f_code in _WAITING_CODE:
-            names = frame.f_locals
-            if frame.f_code is asyncio.TaskGroup.__aexit__.__code__:
-                yield from tuple(names["self"]._tasks)  # another thread may change it
-            elif frame.f_code is asyncio.wait.__code__:
-                if names["return_when"] == asyncio.ALL_COMPLETED:
-                    yield from tuple(names["fs"])
-            elif isinstance(names.get("fut"), asyncio.Future):  # wait_for, before 3.12
-                yield names["fut"]
-        coroutine = getattr(coroutine, "cr_await", None)
+def _told_by(callback: Any) -> Any:
+    """The future that needs the one with this callback; None if it is not there yet or does not."""
+    name = _TOLD.get(callback.__qualname__)
+    if name is None:
+        return None
+    cells = dict(zip(callback.__code__.co_freevars, callback.__closure__, strict=True))
+    if "return_when" in cells and cells["return_when"].cell_contents != asyncio.ALL_COMPLETED:
+        return None
+    return cells[name].cell_contents
 
 
 # -- naming the cycle -----------------------------------------------------------------------------
@@ -381,6 +470,7 @@ def _led_by(thread: int) -> list[Seat]:
                     by_serial.setdefault(shard.serial(seat), seat)
         return [by_serial[serial] for serial in sorted(by_serial)]
     led: list[Seat] = []
+    names: Any
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code in leading_code:
@@ -392,6 +482,11 @@ def _led_by(thread: int) -> list[Seat]:
                 seat is names["seat"] for seat in names["shard"].holders(names["h"])
             ):
                 led.append(names["seat"])
+            # Before 3.13 it is a copy that the frame keeps, and with it whatever its function has
+            # dropped since. A debugger that stands in the frame will write the copy back.
+            if isinstance(names, dict) and frame.f_trace is None:
+                names.clear()
+            del names
         frame = frame.f_back
     return led[::-1]
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from _thread import allocate_lock, start_new_thread
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from threading import get_ident
 from typing import Any, Final, cast
 
@@ -243,7 +243,7 @@ class LoopRun(Run):
         "result",
         "task",
         "thread",
-        "waits",
+        "watch",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -261,8 +261,8 @@ class LoopRun(Run):
         self.error: BaseException | None = None
         #: Of a run for many keys: the executions that somebody still wants, by their seats' ids.
         self.pending: set[int] | None = None
-        #: What the tasks in its context wait for, by the futures that they await: see `_deadlock`.
-        self.waits: dict[asyncio.Future[Any], tuple[Any, Sequence[Execution]]] | None = None
+        #: What the tasks in its context wait for: the `Watch` of `_deadlock`, once there is one.
+        self.watch: Any = None
 
     def needed_thread(self) -> int:
         """The thread that runs the loop, or that has run it and may do so again."""
