@@ -29,6 +29,7 @@ from .exceptions import FlightError as FlightError
 from .exceptions import FlightErrorGroup as FlightErrorGroup
 from .exceptions import FlightTimeout as FlightTimeout
 from .exceptions import InvalidShardsError as InvalidShardsError
+from .exceptions import RemoteError as RemoteError
 
 __all__ = [
     "BackendError",
@@ -37,6 +38,7 @@ __all__ = [
     "FlightErrorGroup",
     "FlightTimeout",
     "InvalidShardsError",
+    "RemoteError",
     "ShardedFlight",
     "Stats",
     "coalesce",
