@@ -4,11 +4,13 @@ Layers, each importing only from those below it (checked by import-linter in `ma
 
     __main__, demo, bench    programs, on the public names only
     http                     collapsing of HTTP requests, on the public names only
+    observe                  what is told to those who watch: its names, and adapters on them
     _coalesce                the decorator
     _flight                  ShardedFlight
     _many                    many keys in one call
     _future                  what do_future returns
     _deadlock                who waits for whom
+    _observe                 what observers are told, and who tells them
     _waiting                 how callers wait, and how they are woken
     _core                    who leads, who follows, who is settled; the one compiled module
     _lock, _replica, exceptions, keys

@@ -702,6 +702,8 @@ cdef class Core:
     cdef size_t _mask
     cdef int _shift
     cdef public object _shards, _single
+    cdef public bint _wraps
+    cdef bint _indirect
 
     cpdef tuple _place(self, tuple parts)
     cdef object _built(self, object part, tuple more)
@@ -712,6 +714,7 @@ cdef class Core:
     cdef object _index(self, object key, Py_hash_t h)
 
 cpdef object key_of(tuple parts)
+cpdef tuple parts_of(object part, tuple more)
 
 cdef object end_badly(Core core, size_t index, Py_hash_t h, object seat, bint led, object error)
 cpdef object settle_badly(

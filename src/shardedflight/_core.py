@@ -740,6 +740,11 @@ def key_of(parts: tuple[Any, ...]) -> Any:
     return (SEVERAL, parts[0], parts[1:]) if parts else NO_PART
 
 
+def parts_of(part: Any, more: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The parts that `do` was called with."""
+    return () if part is NO_PART else (part, *more)
+
+
 def leader_here() -> tuple[Any, ...]:
     """What follows the key in the seats of a function that this thread runs."""
     if COMPILED:
@@ -841,11 +846,20 @@ class Core:
             defer(self)
         self._build_key = build_key
         self._hash = hash
+        #: Whether `do` goes by `_do_wrapped`: something is done around the functions.
+        self._wraps = False
+        #: That, or there is a builder of keys: `do` asks for both at once.
+        self._indirect = build_key is not None
         self._mask = shards - 1
         #: By how much a mixed hash is shifted to be an index; one bit less, for a shift by all of
         #: an int's bits is not defined in C.
         self._shift = 63 - self._mask.bit_length()
         self._make_shards()
+
+    def _wrap(self, wraps: bool) -> None:
+        """From now on something is done around the functions, or nothing is."""
+        self._wraps = wraps
+        self._indirect = wraps or self._build_key is not None
 
     def _make_shards(self) -> None:
         if COMPILED:
@@ -929,18 +943,22 @@ class Core:
             # The seat is a slot in the line. Key and seat are made only if somebody meets it.
             seat = None
             slot = TAKEN
-            if self._build_key is None:
+            if not self._indirect:
                 first, rest = borrow(part), borrow(more)
             else:
+                if self._wraps:
+                    return self._do_wrapped(fn, part, more, timeout)
                 key = self._built(part, more)
                 first, rest = borrow(key), borrow(NONE_MORE)
             h = hash_of_call(first, rest)
             index = index_of(self, h, first, rest)
             line = line_in(self, index)
         else:
-            if self._build_key is None:  # the same as key_of(parts), without the call
+            if not self._indirect:  # the same as key_of(parts), without the call
                 key = (SEVERAL, part, more) if more else part
             else:
+                if self._wraps:
+                    return self._do_wrapped(fn, part, more, timeout)
                 key = self._built(part, more)
             h = hash(key)
             seat = (key, get_ident())
@@ -998,8 +1016,7 @@ class Core:
 
     def _built(self, part: Any, more: tuple[Any, ...]) -> Any:
         """The key by the user's own builder."""
-        parts = () if part is NO_PART else (part, *more)
-        return cast("Callable[..., Hashable]", self._build_key)(*parts)
+        return cast("Callable[..., Hashable]", self._build_key)(*parts_of(part, more))
 
     def _serve(self, shard: Shard, h: int, seat: Seat, value: T) -> tuple[T, bool]:
         """Ends the leader's run with a value that others may want."""
@@ -1038,6 +1055,12 @@ class Core:
         self, shard: Shard, h: int, seat: Seat, fn: Callable[[], T], timeout: float | None
     ) -> tuple[T, bool]:
         """`do`, when its place in the table is taken, or somebody with this hash is beside it."""
+        raise NotImplementedError
+
+    def _do_wrapped(
+        self, fn: Callable[[], T], part: Any, more: tuple[Any, ...], timeout: float | None
+    ) -> tuple[T, bool]:
+        """`do`, when something is done around the functions."""
         raise NotImplementedError
 
     # -- watching ---------------------------------------------------------------------------------

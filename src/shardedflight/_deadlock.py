@@ -387,8 +387,10 @@ def _led_by(thread: int) -> list[Seat]:
             names = frame.f_locals
             if "items" in names:
                 led += [item.seat for item in names["items"][:1]]
-            # Not the seat of a follower, which was never linked.
-            elif any(seat is names["seat"] for seat in names["shard"].holders(names["h"])):
+            # Not the seat of a follower, which was never linked. `do` that only passes on has none.
+            elif "seat" in names and any(
+                seat is names["seat"] for seat in names["shard"].holders(names["h"])
+            ):
                 led.append(names["seat"])
         frame = frame.f_back
     return led[::-1]

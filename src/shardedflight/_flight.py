@@ -28,7 +28,9 @@ from ._core import (
     all_flights,
     gil_enabled,
     late,
+    leader_here,
     not_awaitable,
+    parts_of,
     refuse_coroutine,
     refuse_coroutine_function,
     register,
@@ -37,6 +39,15 @@ from ._core import (
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code, pause
 from ._future import FlightFuture
 from ._lock import SteadyLock
+from ._observe import (
+    Departure,
+    Observer,
+    Subscription,
+    Visit,
+    WatchedSeat,
+    check_observer,
+    departure_from,
+)
 from ._waiting import (
     TAKE_OVER,
     LoopRun,
@@ -116,7 +127,7 @@ class ShardedFlight(Core):
         on_abandon: What happens when the last caller leaves an execution that runs in a task, or
             waits for a place in `executor`: "cancel" makes it unjoinable and cancels it, "finish"
             lets it run to its end.
-        name: Shown by `repr`.
+        name: Shown by `repr` and to observers.
 
     Raises:
         InvalidShardsError: `shards` is not a power of two.
@@ -153,37 +164,70 @@ class ShardedFlight(Core):
         self._executor = executor
         #: The pool made here when it is first needed, under `_pool_lock`.
         self._pool: ThreadPoolExecutor | None = None
+        #: Replaced, not changed, under `_observers_lock`.
+        self._subscriptions: tuple[Subscription, ...] = ()
+        #: Written under `_observers_lock`.
+        self._observer_errors = 0
         register(self)
 
     # -- threads ----------------------------------------------------------------------------------
+
+    def _do_wrapped(
+        self, fn: Callable[[], T], part: Any, more: tuple[Any, ...], timeout: float | None
+    ) -> tuple[T, bool]:
+        key, h, shard = self._place(parts_of(part, more))
+        seat = self._seat(key, *leader_here())
+        try:
+            if shard.claim(h, seat):
+                return self._lead(shard, h, seat, seat[1], fn, promoted=False)
+            return self._follow(shard, h, seat, fn, timeout)
+        except BaseException as error:
+            try:
+                self._fail(shard, h, seat, seat[1], error)
+            except RecursionError:  # see Core.do
+                late.append((self._fail, (shard, h, seat, seat[1], error)))
+                start_new_thread(settle_late, ())
+            except BaseException:  # interrupted: see Core.do
+                self._fail(shard, h, seat, seat[1], error)
+                raise
+            raise
 
     def _follow(
         self, shard: Shard, h: int, seat: Seat, fn: Callable[[], T], timeout: float | None
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
         record: Execution | None = None
+        visit: Visit | None = None
         try:
             refuse_coroutine_function(fn)
             record = shard.join(h, seat, sleeper, None)
             if record is not None:
+                if isinstance(record.seat, WatchedSeat):
+                    visit = Visit(record.seat.execution)
+                    visit.begin()
                 begin_wait(shard, (record,))
                 try:
                     if not sleeper.sleep(timeout):
                         if self._leave(shard, record, sleeper):
                             shard.count_timeout()
+                            if visit is not None:
+                                visit.end(Departure.TIMED_OUT)
                             raise FlightTimeout(
                                 f"waited {timeout} s for the execution of {record.key!r}"
                             )
                         sleeper.sleep()
                 finally:
                     end_wait()
-                if not sleeper.news[0][1]:
+                promoted = sleeper.news[0][1]
+                if visit is not None:
+                    visit.end(Departure.TOOK_OVER if promoted else departure_from(record))
+                if not promoted:
                     return record.outcome()
         except BaseException:
             try:
-                self._stop_following(shard, h, seat, sleeper, record)
+                self._stop_following(shard, h, seat, sleeper, record, visit)
             except BaseException:  # interrupted: see Core.do
-                self._stop_following(shard, h, seat, sleeper, record)
+                self._stop_following(shard, h, seat, sleeper, record, visit)
                 raise
             finally:
                 del record, sleeper  # the traceback holds this frame: see Failure
@@ -192,27 +236,43 @@ class ShardedFlight(Core):
             if record is not None:
                 seat = record.seat
                 shard.adopt(seat, sleeper, sleeper.thread)
-            return self._lead(shard, h, seat, sleeper.thread, fn)
+            return self._lead(shard, h, seat, sleeper.thread, fn, record is not None)
         finally:
             del record, sleeper, seat
 
     def _stop_following(
-        self, shard: Shard, h: int, seat: Seat, sleeper: Sleeper, record: Execution | None
+        self,
+        shard: Shard,
+        h: int,
+        seat: Seat,
+        sleeper: Sleeper,
+        record: Execution | None,
+        visit: Visit | None,
     ) -> None:
         self._withdraw(shard, h, sleeper, record)
+        if visit is not None:
+            visit.end(Departure.CANCELLED)
         # A key's __eq__ may have raised when `seat` was linked already: nobody else's error.
         self._conclude(shard, h, seat, seat[1], End.LOST)
 
     def _lead(
-        self, shard: Shard, h: int, seat: Seat, leader: Any, fn: Callable[[], T]
+        self,
+        shard: Shard,
+        h: int,
+        seat: Seat,
+        leader: Any,
+        fn: Callable[[], T],
+        promoted: bool,
     ) -> tuple[T, bool]:
         """Runs `fn` on this thread, for an execution that others may know of already."""
         try:
+            if isinstance(seat, WatchedSeat):
+                seat.start(leader, promoted)
             value = fn()
             if type(value) is CoroutineType:
                 self._conclude(shard, h, seat, leader, End.LOST)
                 refuse_coroutine(value)
-            if shard.release(h, seat):
+            if not isinstance(seat, WatchedSeat) and shard.release(h, seat):
                 return value, False
             record = self._conclude(shard, h, seat, leader, End.VALUE, value)
             return value, record is not None and record.shared
@@ -231,7 +291,9 @@ class ShardedFlight(Core):
 
     # -- coroutines -------------------------------------------------------------------------------
 
-    async def do_async(self, fn: Callable[[], Awaitable[T]], /, *parts: Any) -> tuple[T, bool]:
+    async def do_async(  # noqa: C901 - the hot path, written out
+        self, fn: Callable[[], Awaitable[T]], /, *parts: Any
+    ) -> tuple[T, bool]:
         """Awaits what `fn` returns, or the execution that already runs for this key.
 
         The awaitable runs in a task that the flight owns, on this event loop, with a copy of this
@@ -257,13 +319,14 @@ class ShardedFlight(Core):
         record: Execution | None = None
         run: LoopRun | None = None
         waiter: asyncio.Future[Any] | None = None
+        visit: Visit | None = None
         try:
             if shard.taken(h):
                 waiter = loop.create_future()
                 record = shard.follow(h, key, waiter, loop)
             if record is None:
                 run = LoopRun(loop)
-                seat = (key, run)
+                seat = self._seat(key, run) if self._wraps else (key, run)
                 if not shard.claim(h, seat):
                     waiter = waiter or loop.create_future()
                     record = shard.join(h, seat, waiter, loop)
@@ -271,6 +334,9 @@ class ShardedFlight(Core):
                 assert waiter is not None
                 if id(loop) not in watched_loops:
                     watch_loop(loop, _loop_closed)
+                if isinstance(record.seat, WatchedSeat):
+                    visit = Visit(record.seat.execution)
+                    visit.begin()
                 if current_run.get() is not None or record.leader == get_ident():
                     begin_wait(shard, (record,), waiter)
                     try:
@@ -279,6 +345,10 @@ class ShardedFlight(Core):
                         end_wait(waiter)
                 else:
                     answer = await waiter
+                if visit is not None:
+                    visit.end(
+                        Departure.TOOK_OVER if answer is TAKE_OVER else departure_from(record)
+                    )
                 if answer is not TAKE_OVER:
                     return record.outcome() if answer is None else answer
                 run = LoopRun(loop)
@@ -287,7 +357,7 @@ class ShardedFlight(Core):
                     raise asyncio.CancelledError("the event loop was closed")
             assert run is not None
             assert seat is not None
-            self._start(run, self._run(run, shard, h, seat, fn))
+            self._start(run, self._run(run, shard, h, seat, fn, record is not None))
             if not run.done:
                 run.bell = loop.create_future()
                 if id(loop) not in watched_loops:
@@ -307,10 +377,10 @@ class ShardedFlight(Core):
         except GeneratorExit:
             # The coroutine is closed, perhaps by the garbage collector, at any point of any
             # thread: that may be one that holds the lock that leaving needs.
-            self._on_a_thread(self._leave_async, shard, h, seat, record, waiter, run)
+            self._on_a_thread(self._leave_async, shard, h, seat, record, waiter, run, visit)
             raise
         except BaseException:
-            self._leave_async(shard, h, seat, record, waiter, run)
+            self._leave_async(shard, h, seat, record, waiter, run, visit)
             raise
         finally:
             del record, seat, run, waiter  # a traceback may hold this frame: see Failure
@@ -336,12 +406,15 @@ class ShardedFlight(Core):
         h: int,
         seat: Seat,
         fn: Callable[[], Awaitable[Any]],
+        promoted: bool,
     ) -> None:
         """The task of an execution. Raises only what tells its loop that it was cancelled."""
         try:
             if run.paused:
                 await pause()
             begin_run(run)
+            if isinstance(seat, WatchedSeat):
+                seat.start(run, promoted)
             awaitable: Any = fn()
             if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
                 run.error = not_awaitable(awaitable)
@@ -349,7 +422,7 @@ class ShardedFlight(Core):
                 return
             value = await awaitable  # pyright: ignore[reportUnknownVariableType]
             run.value = value
-            if not shard.release(h, seat):
+            if isinstance(seat, WatchedSeat) or not shard.release(h, seat):
                 record = self._conclude(shard, h, seat, run, End.VALUE, value)
                 run.shared = record is not None and record.shared
         except BaseException as error:
@@ -375,10 +448,13 @@ class ShardedFlight(Core):
         record: Execution | None,
         waiter: "asyncio.Future[bool] | None",
         run: LoopRun | None,
+        visit: Visit | None,
     ) -> None:
         """A coroutine goes, at whatever point it was. What is over already is not disturbed."""
         if waiter is not None:
             self._withdraw(shard, h, waiter, record)
+        if visit is not None:
+            visit.end(Departure.CANCELLED)
         if run is None or run.done or seat is None:
             return
         if run.task is None:
@@ -410,7 +486,7 @@ class ShardedFlight(Core):
         refuse_coroutine_function(fn)
         key, h, shard = self._place(parts)
         future = FlightFuture(self, fn, shard, h)
-        seat = (key, future)
+        seat = self._seat(key, future) if self._wraps else (key, future)
         record: Execution | None = None
         try:
             if not shard.claim(h, seat):
@@ -420,7 +496,10 @@ class ShardedFlight(Core):
                 future.submit()
             else:
                 future.joined = record
+                if isinstance(record.seat, WatchedSeat):
+                    future.visit_begins(Visit(record.seat.execution), record)
         except BaseException:
+            future.visit_ends(Departure.CANCELLED)
             self._withdraw(shard, h, future, record)
             self._conclude(shard, h, seat, future, End.LOST)
             future.seat = None
@@ -485,6 +564,8 @@ class ShardedFlight(Core):
         value: Any = None,
         traceback: TracebackType | None = None,
     ) -> Execution | None:
+        if isinstance(seat, WatchedSeat):
+            seat.end(shard, leader, end, value)
         while True:
             record, heir = shard.settle(h, seat, leader, end, value, traceback)
             if record is None:
@@ -524,7 +605,65 @@ class ShardedFlight(Core):
             if record.leader is waiter:
                 self._conclude(shard, h, record.seat, waiter, End.LOST)
 
+    def _seat(self, *seat: Any) -> Seat:
+        """A seat, when something is done around the functions."""
+        subscriptions = self._subscriptions
+        return WatchedSeat.make(self, subscriptions, seat) if subscriptions else seat
+
     # -- watching ---------------------------------------------------------------------------------
+
+    def add_observer(self, observer: Observer) -> None:
+        """Has `observer` told of all executions that begin from now on.
+
+        Args:
+            observer: Has the methods of `shardedflight.observe.Observer`, which see.
+
+        Raises:
+            TypeError: It lacks a method.
+            ValueError: It is an observer of this flight already.
+
+        May be called from any thread.
+        """
+        check_observer(observer)
+        with _observers_lock:
+            if any(known.observer is observer for known in self._subscriptions):
+                raise ValueError(f"it is an observer of this flight already: {observer!r}")
+            self._subscriptions = (*self._subscriptions, Subscription(observer))
+            self._wrap(True)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Has `observer` told of no execution that begins from now on.
+
+        It is still told how those end, and who follows in them, that run now.
+
+        Args:
+            observer: One that was added.
+
+        Raises:
+            ValueError: It is no observer of this flight.
+
+        May be called from any thread.
+        """
+        with _observers_lock:
+            rest = tuple(known for known in self._subscriptions if known.observer is not observer)
+            if len(rest) == len(self._subscriptions):
+                raise ValueError(f"it is no observer of this flight: {observer!r}")
+            self._subscriptions = rest
+            self._wrap(bool(rest))
+
+    @property
+    def observer_errors(self) -> int:
+        """How many exceptions the observers have raised."""
+        return self._observer_errors
+
+    def _count_observer_error(self) -> None:
+        with _observers_lock:
+            self._observer_errors += 1
+
+    @property
+    def name(self) -> str | None:
+        """As it was given."""
+        return self._name
 
     @property
     def shards(self) -> int:
@@ -612,6 +751,7 @@ def _check_executor(executor: object) -> None:
 
 
 _pool_lock = SteadyLock()
+_observers_lock = SteadyLock()
 
 leading_code.add(ShardedFlight._lead.__code__)
 
@@ -622,8 +762,9 @@ def _loop_closed() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _pool_lock
+    global _pool_lock, _observers_lock
     _pool_lock = SteadyLock()
+    _observers_lock = SteadyLock()
     after_fork_in_child()
     for flight in all_flights():
         flight._after_fork_in_child()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Run, Seat, Shard, public_key
 from ._deadlock import begin_wait, end_wait
+from ._observe import Departure, Visit, departure_from
 from ._waiting import Waiter
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ __all__ = ["FlightFuture"]
 
 class FlightFuture(Future[Any], Run, Waiter):
     """The caller of a function on the executor, or a follower."""
+
+    #: Has the visit as long as its end is to be told: whoever takes it out tells it. The futures
+    #: of which nobody is told have none.
+    _visits: "list[Visit] | None" = None
 
     def __init__(
         self, flight: "ShardedFlight", fn: "Callable[[], Any]", shard: Shard, h: int
@@ -79,7 +84,7 @@ class FlightFuture(Future[Any], Run, Waiter):
                 self.lose()
                 return
             try:
-                outcome = flight._lead(shard, h, seat, self, self._fn)
+                outcome = flight._lead(shard, h, seat, self, self._fn, self.joined is not None)
             except BaseException as error:
                 self._end(None, error)
             else:
@@ -123,11 +128,34 @@ class FlightFuture(Future[Any], Run, Waiter):
 
     # As a follower.
 
+    def visit_begins(self, visit: Visit, joined: Execution) -> None:
+        """Tells that it has joined, though it may have been woken already."""
+        visit.begin()
+        self._visits = [visit]
+        if self.cancelled():
+            self.visit_ends(Departure.CANCELLED)
+        elif self._work is not None:
+            self.visit_ends(Departure.TOOK_OVER)
+        elif self.done():
+            self.visit_ends(departure_from(joined))
+
+    def visit_ends(self, departure: Departure) -> None:
+        """Tells that it leaves, if its coming was told."""
+        if self._visits:
+            try:
+                visit = self._visits.pop()
+            except IndexError:  # another thread was faster
+                return
+            visit.end(departure)
+
     def wake(self, execution: Execution) -> None:
+        departure = departure_from(execution)
+        self.visit_ends(departure)
         if execution.end is End.VALUE:
             self._end((execution.value, execution.shared), None)
         else:
             self._end(None, execution.error())
+        self.visit_ends(departure)  # if its coming was told only now
 
     def take_over(self, execution: Execution) -> bool:
         if self.cancelled():
@@ -135,11 +163,13 @@ class FlightFuture(Future[Any], Run, Waiter):
         if self._work is not None:
             return True  # told twice
         self.seat = execution.seat
+        self.visit_ends(Departure.TOOK_OVER)
         try:
             self.submit()
         except Exception as error:  # no thread for it: its own loss, as for a leader
             self._end(None, error)
             return False
+        self.visit_ends(Departure.TOOK_OVER)  # as in wake
         return True
 
     # As a future.
@@ -148,6 +178,7 @@ class FlightFuture(Future[Any], Run, Waiter):
         """Leaves the flight. False if the outcome is there already."""
         if not super().cancel():
             return False
+        self.visit_ends(Departure.CANCELLED)
         self._tell_waiters()
         # A follower leaves what it has joined; a leader, or one that has taken over, what it leads.
         flight, shard, seat = self._flight, self._shard, self.seat

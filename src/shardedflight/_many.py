@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refuse_coroutine
 from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code, pause
+from ._observe import Departure, Visit, WatchedSeat, departure_from
 from ._replica import Failure
 from ._waiting import (
     Inbox,
@@ -34,7 +35,7 @@ __all__ = ["do_many", "do_many_async"]
 class _Item:
     """One key of a call."""
 
-    __slots__ = ("error", "found", "h", "joined", "key", "led", "names", "seat", "shard")
+    __slots__ = ("error", "found", "h", "joined", "key", "led", "names", "seat", "shard", "visit")
 
     def __init__(self, key: Any, h: int, shard: Shard) -> None:
         #: What the caller calls it: more than one name if `build_key` makes one key of them.
@@ -46,6 +47,8 @@ class _Item:
         self.seat: Seat | None = None
         #: What it has joined.
         self.joined: Execution | None = None
+        #: Of what it has joined, if somebody watches that.
+        self.visit: Visit | None = None
         self.led = False
         #: The outcome: a value and whether it was shared, or an error, or neither: it is missing.
         self.found: tuple[Any, bool] | None = None
@@ -92,13 +95,17 @@ class _Batch:
         """
         led: list[_Item] = []
         for item in self.items:
-            item.seat = (item.key, *leader)
+            seat = (item.key, *leader)
+            item.seat = self.flight._seat(*seat) if self.flight._wraps else seat
             item.joined = item.shard.join(item.h, item.seat, waiter, None)
             item.led = item.joined is None
             if item.joined is None:
                 led.append(item)
             else:
                 self.joined[item.joined] = item
+                if isinstance(item.joined.seat, WatchedSeat):
+                    item.visit = Visit(item.joined.seat.execution)
+                    item.visit.begin()
         return led
 
     def hear(self, news: list[tuple[Execution, bool]]) -> list[_Item]:
@@ -115,6 +122,8 @@ class _Batch:
                 promoted.append(item)
             else:
                 item.take_outcome()
+            if item.visit is not None:
+                item.visit.end(Departure.TOOK_OVER if leads else departure_from(execution))
         return promoted
 
     def check_wait(self, led: list[_Item], blocking: bool) -> None:
@@ -168,6 +177,8 @@ class _Batch:
         """The caller goes: leaves what it has joined, hands over what it was to lead."""
         for item in self.items:
             self.flight._withdraw(item.shard, item.h, waiter, item.joined)
+            if item.visit is not None:
+                item.visit.end(Departure.CANCELLED)
 
     def answer(self) -> dict[Any, tuple[Any, bool]]:
         """The call's answer, once nothing is outstanding."""
@@ -205,6 +216,15 @@ def _answers(found: object, items: Sequence[_Item]) -> dict[Any, Any]:
         raise TypeError(f"the function must return a mapping of the found keys, not {found!r}")
     names = [item.names[0] for item in items]
     return {name: found[name] for name in names if name in found}
+
+
+def _start(items: list[_Item], leader: Any) -> None:
+    """Tells those who watch `items` that the function is about to run for them."""
+    seats = [item.seat for item in items if isinstance(item.seat, WatchedSeat)]
+    batch = tuple([seat.execution for seat in seats])
+    for item in items:
+        if isinstance(item.seat, WatchedSeat):
+            item.seat.start(leader, item.joined is not None, batch)
 
 
 def do_many(
@@ -253,6 +273,7 @@ def _lead(
 ) -> None:
     """Runs `fn` for `items`. Its exceptions are kept in the batch; what is none is raised."""
     try:
+        _start(items, leader)
         found: Any = fn([item.names[0] for item in items])
         if type(found) is CoroutineType:
             batch.lose(items, leader)
@@ -334,6 +355,7 @@ async def _run(
         if run.paused:
             await pause()
         begin_run(run)
+        _start(items, run)
         awaitable = fn([item.names[0] for item in items])
         if not inspect.isawaitable(awaitable):
             run.error = not_awaitable(awaitable)
