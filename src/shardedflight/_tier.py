@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FENCED",
+    "CallersOwn",
     "Lead",
-    "Left",
     "Outcome",
     "Party",
     "Sealed",
@@ -150,7 +150,7 @@ class Turn(Future["Lead | Sealed"]):
             pass  # it has left
 
 
-class Left(BaseException):
+class CallersOwn(BaseException):
     """What concerns one caller alone, so that a follower takes over. Carries what is raised to it.
 
     It is no Exception, for that would be everybody's.
@@ -163,7 +163,7 @@ class Left(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Running totals of what a flight did at its backend: see the fields of these names in `Stats`."""
+    """Running totals of what a flight did at its backend: `Stats` says what each is."""
 
     remote_leads: int = 0
     remote_follows: int = 0
@@ -221,7 +221,8 @@ class Tier:
         Raises:
             TypeError: The key can not leave the process.
         """
-        return self.backend.name(self._name, key)
+        public = public_key(key)  # several parts, or none, as a tuple; one part as it is
+        return self.backend.name(self._name, (key,) if public is key else public)
 
     def check(self, shard: Shard, h: int, key: Any) -> None:
         """The first step of every call: what was forgotten elsewhere is not joined here.
@@ -244,9 +245,7 @@ class Tier:
         """
         done = self.backend.forget(self.name(key))
         try:
-            if asyncio._get_running_loop() is None:
-                done.result()
-            elif done.done():
+            if done.done() or asyncio._get_running_loop() is None:
                 done.result()
         except BackendError as error:
             self.complain("fallbacks", error)
@@ -266,7 +265,7 @@ class Tier:
             deadline: When a caller leaves that follows another process, by `time.monotonic`.
 
         Raises:
-            Left: The deadline has passed.
+            CallersOwn: The deadline has passed.
             Exception: What `fn` raised; `RemoteError` if it was raised in another process.
         """
         turn: Lead | Outcome | None = None
@@ -300,7 +299,7 @@ class Tier:
         """`lead`, in the task of an execution.
 
         Raises:
-            Left: What `fn` returned can not be awaited.
+            CallersOwn: What `fn` returned can not be awaited.
             Exception: What the awaitable raised; `RemoteError` if that was in another process.
         """
         turn: Lead | Outcome | None = None
@@ -314,14 +313,16 @@ class Tier:
             try:
                 awaitable = fn()
                 if not inspect.isawaitable(awaitable):
-                    raise Left(not_awaitable(awaitable))
+                    raise CallersOwn(not_awaitable(awaitable))
                 value = await awaitable
             except Exception as error:
                 if turn is not None:
                     await wait_async(self._end(turn, Outcome(End.ERROR, error)))
                 raise
-            if turn is not None and await wait_async(self._end(turn, Outcome(End.VALUE, value))):
-                shard.share(h, seat)
+            if turn is not None:
+                followers = await wait_async(self._end(turn, Outcome(End.VALUE, value)))
+                if followers:
+                    shard.share(h, seat)
             return value
         finally:
             self._leave(seat, turn)
@@ -427,7 +428,7 @@ def wait(steps: Steps[R], deadline: float | None = None) -> R:
     """Goes through `steps` on this thread.
 
     Raises:
-        Left: The deadline has passed before a turn was done.
+        CallersOwn: The deadline has passed before a turn was done.
     """
     futures: Sequence[Future[Any]] = ()
     try:
@@ -438,7 +439,7 @@ def wait(steps: Steps[R], deadline: float | None = None) -> R:
                     futures[0].exception(_until(deadline))
                 except TimeoutError:
                     if not futures[0].done():
-                        raise Left(FlightTimeout("another process leads")) from None
+                        raise CallersOwn(FlightTimeout("another process leads")) from None
             else:
                 concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
     except StopIteration as stop:
@@ -476,9 +477,7 @@ async def wait_async(steps: Steps[R]) -> R:
         del futures
 
 
-def _ring(
-    loop: asyncio.AbstractEventLoop, bell: "asyncio.Future[None]", _: "Future[Any]"
-) -> None:
+def _ring(loop: asyncio.AbstractEventLoop, bell: "asyncio.Future[None]", _: "Future[Any]") -> None:
     try:
         loop.call_soon_threadsafe(_answer, bell)
     except RuntimeError:
@@ -521,9 +520,9 @@ class Party:
     def __init__(self, tier: Tier, members: Sequence[Any], here: bool) -> None:
         self._tier = tier
         self._here = here
-        self._joined = False
+        self._members = members
         #: The keys that are not decided, with their turns.
-        self._turns: dict[Any, Turn] = dict.fromkeys(members)  # type: ignore[arg-type]
+        self._turns: dict[Any, Turn] = {}
         #: What this process leads.
         self._leads: dict[Any, Lead] = {}
 
@@ -542,9 +541,8 @@ class Party:
             settle: Takes a key, and the outcome that another process has found for it.
         """
         tier = self._tier
-        if not self._joined:
-            self._joined = True
-            members = list(self._turns)
+        if self._members:
+            members, self._members = self._members, ()
             self._join(members, [0] * len(members))
             asked = self._turns[members[0]].asked
             if asked is not None:
@@ -594,8 +592,7 @@ class Party:
     def leave(self, members: Iterable[Any]) -> None:
         """The run is over, whichever way: what it leads still is handed over."""
         for turn in self._turns.values():
-            if turn is not None:  # pyright: ignore[reportUnnecessaryComparison]
-                turn.leave()
+            turn.leave()
         self._turns.clear()
         for member in members:
             self._tier._leave(member.seat, self._leads.pop(member, None))

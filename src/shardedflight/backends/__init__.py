@@ -8,13 +8,25 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
-from .._tier import Lead as Lead
-from .._tier import Outcome as Outcome
-from .._tier import Sealed as Sealed
-from .._tier import Turn as Turn
-from .._tier import token as _token
+from shardedflight._tier import Lead as Lead
+from shardedflight._tier import Outcome as Outcome
+from shardedflight._tier import Sealed as Sealed
+from shardedflight._tier import Turn as Turn
+from shardedflight._tier import token as _token
 
-__all__ = ["Backend", "Lead", "Outcome", "Sealed", "Turn", "fencing_token"]
+from ._protocol import Codec as Codec
+from ._protocol import MessagePack as MessagePack
+
+__all__ = [
+    "Backend",
+    "Codec",
+    "Lead",
+    "MessagePack",
+    "Outcome",
+    "Sealed",
+    "Turn",
+    "fencing_token",
+]
 
 
 @runtime_checkable
@@ -27,8 +39,8 @@ class Backend(Protocol):
     `BackendError`, within the backend's timeout.
     """
 
-    def name(self, flight: str | None, key: Any) -> bytes:
-        """What a key of a flight is called. No two keys have one name.
+    def name(self, flight: str | None, parts: tuple[Any, ...]) -> bytes:
+        """What the key with these parts is called, of flights of this name. No two have one name.
 
         Raises:
             TypeError: The key can not leave the process.
@@ -64,9 +76,7 @@ class Backend(Protocol):
         """
         ...
 
-    def finish(
-        self, ended: Sequence[tuple[Lead, bytes]], here: bool
-    ) -> "Sequence[Future[int]]":
+    def finish(self, ended: Sequence[tuple[Lead, bytes]], here: bool) -> "Sequence[Future[int]]":
         """Ends leads with their outcomes.
 
         Returns:

@@ -20,9 +20,9 @@ from datetime import datetime, time
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
-from .._core import NO_PART, SEVERAL, End
-from .._tier import Outcome, Sealed, TooLargeError
-from ..exceptions import BackendError, RemoteError
+from shardedflight._core import End
+from shardedflight._tier import Outcome, Sealed, TooLargeError
+from shardedflight.exceptions import BackendError, RemoteError
 
 __all__ = ["Codec", "MessagePack", "Wire", "name_of"]
 
@@ -32,32 +32,25 @@ _LENGTH = struct.Struct(">Q")
 _FLOAT = struct.Struct(">d")
 
 
-def name_of(namespace: str, flight: str | None, key: Any) -> bytes:
+def name_of(namespace: str, flight: str | None, parts: tuple[Any, ...]) -> bytes:
     """The name of a key: 20 bytes.
 
     Args:
         namespace: Of the backend.
         flight: The flight's name.
-        key: As a flight has it.
+        parts: What the key is made of.
 
     Raises:
         TypeError: It is made of something else than None, bool, int, float, str, bytes, UUID, and
             tuples of them; or of a NaN, which equals nothing.
     """
     written: list[bytes] = []
-    _write(namespace, written)
-    _write(flight, written)
-    if key is NO_PART:
-        _tag(b"0", b"", written)
-    elif type(key) is tuple and len(key) == 3 and key[0] is SEVERAL:  # pyright: ignore[reportUnknownArgumentType]
-        _write_all(b"m", (key[1], *key[2]), written)  # pyright: ignore[reportUnknownArgumentType]
-    else:
-        _write(key, written)
+    _write((namespace, flight, parts), written)
     return blake2b(b"".join(written), digest_size=20).digest()
 
 
 def _write(part: Any, written: list[bytes]) -> None:
-    kind: type[Any] = type(part)
+    kind: Any = type(part)  # pyright: ignore[reportUnknownVariableType]
     if kind is float and part.is_integer():
         kind, part = int, int(part)
     if kind is str:
@@ -141,7 +134,7 @@ class MessagePack:
         except ImportError as error:
             raise BackendError(
                 "values are encoded by msgspec, which is not installed: install "
-                'shardedflight[host] or shardedflight[redis], or give codec='
+                "shardedflight[host] or shardedflight[redis], or give codec="
             ) from error
         self._encode = msgspec.msgpack.encode
         self._decode = msgspec.msgpack.Decoder(type).decode
@@ -174,7 +167,7 @@ class MessagePack:
 
     def _changed(self, value: Any, back: Any, where: str) -> str | None:
         """What has come back changed, if anything."""
-        kind: type[Any] = type(value)
+        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
         if kind is not type(back):
             return f"{where}, of type {_type_name(value)}, would be of type {_type_name(back)}"
         if kind in (list, tuple):
@@ -184,12 +177,10 @@ class MessagePack:
             pairs = [(a, b, f"a key of {where}") for a, b in zip(value, back)]  # noqa: B905
             pairs += [(value[k], back[k], f"{where}[{k!r}]") for k in value if k in back]
             equal = len(value) == len(back)
-        elif dataclasses.is_dataclass(value) or isinstance(value, self._struct):
-            names = getattr(kind, "__struct_fields__", None) or [
-                field.name for field in dataclasses.fields(value)  # type: ignore[arg-type]
-            ]
+        elif dataclasses.is_dataclass(kind) or isinstance(value, self._struct):
+            fields = getattr(kind, "__struct_fields__", None) or kind.__dataclass_fields__
             pairs = [
-                (getattr(value, n, None), getattr(back, n, None), f"{where}.{n}") for n in names
+                (getattr(value, n, None), getattr(back, n, None), f"{where}.{n}") for n in fields
             ]
             equal = True
         elif isinstance(value, (datetime, time)):
@@ -205,8 +196,10 @@ class MessagePack:
 
 def _type_name(value: object) -> str:
     kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else (
-        f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else (f"{kind.__module__}.{kind.__qualname__}")
     )
 
 
@@ -234,7 +227,7 @@ class Wire:
     """
 
     def __init__(self, namespace: str, codec: Codec | None, limit: int) -> None:
-        if not isinstance(namespace, str) or not namespace:
+        if type(namespace) is not str or not namespace:
             raise BackendError(f"namespace must be a str that is not empty, not {namespace!r}")
         if codec is None:
             codec = MessagePack()
@@ -242,16 +235,16 @@ class Wire:
             raise BackendError(
                 f"codec must have a name, encode(value) and decode(bytes), unlike {codec!r}"
             )
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < _HEAD:
+        if type(limit) is not int or limit < _HEAD:
             raise BackendError(f"limit must be an int of at least {_HEAD}, not {limit!r}")
         self.namespace = namespace
         self._codec = codec
         self._limit = limit
         self._seal_key = blake2b(codec.name.encode(), digest_size=32).digest()
 
-    def name(self, flight: str | None, key: Any) -> bytes:
+    def name(self, flight: str | None, parts: tuple[Any, ...]) -> bytes:
         """See `Backend.name`."""
-        return name_of(self.namespace, flight, key)
+        return name_of(self.namespace, flight, parts)
 
     def seal(self, outcome: Outcome) -> bytes:
         """See `Backend.seal`."""

@@ -32,15 +32,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .._lock import SteadyLock
-from .._tier import Lead, Sealed, Turn
-from ..exceptions import BackendError
+from shardedflight._lock import SteadyLock
+from shardedflight._tier import Lead, Sealed, Turn
+from shardedflight.exceptions import BackendError
+
 from ._protocol import Codec, Wire
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows has none
-    fcntl = None  # type: ignore[assignment]
+except ImportError as error:
+    raise ImportError("the host tier needs the file locks of POSIX systems") from error
 
 __all__ = ["HostBackend"]
 
@@ -183,8 +184,6 @@ class HostBackend(Wire):
         limit: int = 64 << 20,
     ) -> None:
         super().__init__(namespace, codec, limit)
-        if fcntl is None:
-            raise BackendError("the host tier needs file locks that this system does not have")
         self.directory = _checked(directory)
         self._restart()
         self._sweep()
