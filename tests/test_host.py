@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually, spawn
 from test_processes import in_child, need_fork
+from test_tiers import marks
 from tier_support import Worker
 
 from shardedflight import BackendError, FlightErrorGroup, ShardedFlight, coalesce
@@ -49,10 +51,6 @@ def start(directory: Path) -> Iterator[Callable[[int], list[Worker]]]:
 
 def files(directory: Path) -> list[Path]:
     return list(directory.glob("?" * 40))
-
-
-def marks(directory: Path) -> int:
-    return sum(file.stat().st_size // 8 for file in files(directory))
 
 
 def test_a_killed_leader_is_replaced_within_50_ms(directory: Path, start: Any) -> None:
@@ -169,18 +167,15 @@ except BackendError as error:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
-def test_a_read_only_directory_is_refused(tmp_path: Path) -> None:
-    directory = tmp_path / "flights"
-    directory.mkdir()
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_uid == os.geteuid() and parent.is_relative_to("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o011)
+def test_a_read_only_directory_is_refused() -> None:
+    directory = tempfile.mkdtemp()  # pytest's are root's alone
     said = subprocess.run(
         [sys.executable, "-c", _AS_NOBODY, str(directory)],
         capture_output=True,
         text=True,
         check=False,
     )
+    Path(directory).rmdir()
     assert said.stdout.startswith("refused [Errno 13]"), said.stderr
 
 

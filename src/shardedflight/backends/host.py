@@ -4,16 +4,15 @@
 `flock`. The kernel frees the lock when its holder ends, in whatever way: so there is no lease, and
 nothing to guess. A leader that is stopped is not lost, its followers wait for it.
 
-**Following.** A follower that finds the file locked appends a mark to it, and looks whether the
-file still is where it was opened. The leader first takes the file away, and looks for marks then.
-So either the leader sees the mark, or the follower sees that it is late and begins anew (Dekker's
-argument, as in `_core`). A thread of the follower's process then waits for a shared lock; there is
-one for each key that the process follows. All of them get it at once when the leader has appended
-the outcome, if anybody wants it, and has unlocked. The file has no name by then: the kernel removes
-it when the last of them has closed it.
+**Following.** A follower that finds the file locked appends a mark to it, and a thread of its
+process waits for a shared lock; there is one for each key that the process follows. The leader
+takes the file's name away, looks for marks then, appends the outcome if there are any, and unlocks.
+All followers get the lock at once. One whose mark came too late finds no outcome and begins anew.
+The kernel removes the file when the last of them has closed it.
 
-**A lost leader** leaves a lock that is free and no outcome. Its followers take the name away from
-the file, if it still has one, and begin anew: one of them leads. `forget` only takes the name away.
+**A lost leader** leaves a lock that is free, and a file that can be written: who has ended well has
+made it read-only first. Its followers take the name away from the file, if it still has one, and
+begin anew: one of them leads. `forget` only takes the name away.
 
 Descriptors that a forked child inherits would keep a lock: it closes them before anything else.
 """
@@ -51,7 +50,9 @@ _MARK_SIZE = 8
 _HEAD = struct.Struct(">QQ")
 
 #: A call that has followed so many leaders that left no outcome runs its function for its process.
-_LOST_LEADERS = 5
+_ROUNDS = 5
+#: The mode of a file whose leader has ended well. No right of anybody depends on it.
+_ENDED = 0o400
 
 #: Descriptors of files that may be locked; changed together with what opens them, so that a forked
 #: child knows them all.
@@ -135,8 +136,9 @@ class _HostTurn(Turn):
         self.name = name
         #: What it leads or follows. Written by who enters it, before anybody can join it.
         self.file: _File | None = None
-        #: How many leaders it has seen lost.
-        self.lost = 0
+        #: How many leaders it has followed in vain, and whether the last one was lost.
+        self.rounds = 0
+        self.lost = False
         #: The token of an outcome that could not be read.
         self.reject = 0
 
@@ -273,12 +275,14 @@ class HostBackend(Wire):
             while not turn.cancelled() and not self._attach(turn):
                 file = _File(self._path(turn.name))
                 try:
-                    done = self._lead(turn, file) if file.try_lock() else self._follow(turn, file)
+                    if not file.try_lock():
+                        self._follow(turn, file)
+                        return
+                    if self._lead(turn, file):
+                        return
                 except BaseException:
                     file.close()
                     raise
-                if done:
-                    return
                 file.close()
         except OSError as error:
             turn.fail(_unusable(error))
@@ -290,7 +294,7 @@ class HostBackend(Wire):
         if os.fstat(file.fd).st_size:  # a lost leader's: whoever waits for that begins anew
             file.unname()
             return False
-        lead = _HostLead(file, self._next_token(), turn.lost > 0)
+        lead = _HostLead(file, self._next_token(), turn.lost)
         turn.file = file
         if not turn.settle(lead):
             self._drop(file)
@@ -319,11 +323,9 @@ class HostBackend(Wire):
             watch.turns.append(turn)
             return True
 
-    def _follow(self, turn: _HostTurn, file: _File) -> bool:
-        """Follows who has locked the file. False if it is too late for that."""
+    def _follow(self, turn: _HostTurn, file: _File) -> None:
+        """Follows who has locked the file."""
         os.write(file.fd, self._mark)
-        if not file.named():
-            return False
         watch = _Watch(turn.name, file)
         turn.file = file
         watch.turns = [turn]
@@ -336,7 +338,6 @@ class HostBackend(Wire):
         except RuntimeError as error:  # no more threads
             self._unwatch(watch)
             raise OSError(errno.EAGAIN, str(error)) from error
-        return True
 
     def _unwatch(self, watch: _Watch) -> list[_HostTurn]:
         with self._lock:
@@ -352,7 +353,8 @@ class HostBackend(Wire):
             fcntl.flock(file.fd, fcntl.LOCK_SH)
             turns = self._unwatch(watch)
             sealed = _read_outcome(file.fd)
-            if sealed is None:
+            lost = sealed is None and os.fstat(file.fd).st_mode & 0o777 != _ENDED
+            if lost:
                 fcntl.flock(file.fd, fcntl.LOCK_UN)  # two that hold it both would never get it
                 fcntl.flock(file.fd, fcntl.LOCK_EX)
                 file.unname()
@@ -367,11 +369,12 @@ class HostBackend(Wire):
             if sealed is not None and sealed.token != turn.reject:
                 turn.settle(sealed)
                 continue
-            turn.lost += 1
-            if turn.lost < _LOST_LEADERS:
+            turn.rounds += 1
+            turn.lost = turn.lost or lost
+            if turn.rounds < _ROUNDS:
                 self._enter(turn)
             else:
-                turn.fail(BackendError(f"{turn.lost} leaders in other processes left no outcome"))
+                turn.fail(BackendError(f"{turn.rounds} leaders in other processes left no outcome"))
 
     # -- ending -----------------------------------------------------------------------------------
 
@@ -393,6 +396,7 @@ class HostBackend(Wire):
             return 0
         try:
             file.unname()
+            os.fchmod(file.fd, _ENDED)
             marks = os.pread(file.fd, os.fstat(file.fd).st_size, 0)
             if not marks:
                 return 0
