@@ -432,32 +432,23 @@ def test_a_forked_child_does_not_hold_its_parents_locks(directory: Path, start: 
     (follower_process,) = start(1)
     flight = ShardedFlight(backend=HostBackend(directory), name="workers")
     read, write = os.pipe()
-    children: list[int] = []
-
-    def fork_and_die() -> None:
-        """In a process of its own, which leads, forks a child that lives on, and is killed."""
-
-    def lead() -> None:
-        child = os.fork()
-        if child == 0:
-            os.close(write)
-            os.read(read, 1)  # lives on until the test ends
-            os._exit(0)
-        children.append(child)
-
+    lives, life = os.pipe()
     pid = os.fork()
-    if pid == 0:
+    if pid == 0:  # it leads, forks a child that lives on, and is killed
 
         def run() -> None:
-            lead()
-            os.write(write, b"%d\n" % children[0])
+            child = os.fork()
+            os.close(life)
+            if child == 0:
+                os.read(lives, 1)  # until the test ends
+                os._exit(0)
+            os.write(write, b"%d" % child)
             signal.pause()
 
         try:
             flight.do(run, "k")
         finally:
             os._exit(1)
-    fork_and_die()
     grandchild = int(os.read(read, 20))
     follower = follower_process.call("do", "k")
     eventually(lambda: marks(directory) == 1)
@@ -467,9 +458,8 @@ def test_a_forked_child_does_not_hold_its_parents_locks(directory: Path, start: 
     os.kill(grandchild, 0)  # it is alive all the while
     follower.let_return(1)
     assert follower.ends()["value"] == 1
-    os.close(read)
-    os.close(write)
-    os.kill(grandchild, signal.SIGKILL)
+    for descriptor in (read, write, lives, life):
+        os.close(descriptor)
 
 
 @need_fork
