@@ -1,5 +1,6 @@
 """What all backends do alike: ../shared/tiers.md, over real processes."""
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually
 from tier_support import Worker
-from valkey_support import Valkey
+from valkey_support import Valkey, ValkeyCluster
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the backends' tests are for POSIX")
 
@@ -70,11 +71,46 @@ class OneServer:
         self.server.stop()
 
 
+class ClusterOfThree:
+    """The cluster tier on a Cluster, the same for all tests."""
+
+    _cluster: ValkeyCluster | None = None
+    _namespaces = itertools.count()
+
+    def __init__(self) -> None:
+        if ClusterOfThree._cluster is None:
+            ClusterOfThree._cluster = ValkeyCluster()
+            atexit.register(ClusterOfThree._cluster.stop)
+        self.namespace = f"test{next(self._namespaces)}"
+        options = {
+            "server": ClusterOfThree._cluster.url,
+            "cluster": True,
+            "namespace": self.namespace,
+            "lease": 1.0,
+            "timeout": 5.0,
+        }
+        self.spec: tuple[str, str, dict[str, Any]] = ("redis", "RedisBackend", options)
+
+    def followers(self) -> int:
+        """How many processes follow, of all keys."""
+        assert self._cluster is not None
+        found = self._cluster.keys(f"{{{self.namespace}:*:f:*")
+        fields: list[Any] = [server.do("HLEN", name) for server, name in found]
+        return sum(max(0, number - 3) for number in fields)
+
+    def close(self) -> None:
+        pass
+
+
+def cluster(_: Path) -> ClusterOfThree:
+    return ClusterOfThree()
+
+
 def one_server(_: Path) -> OneServer:
     return OneServer()
 
 
-TIERS: dict[str, Callable[[Path], Any]] = {"host": host, "redis": one_server}
+TIERS: dict[str, Callable[[Path], Any]] = {"host": host, "redis": one_server, "cluster": cluster}
 
 
 @pytest.fixture(params=TIERS)

