@@ -86,8 +86,9 @@ class ValkeyCluster:
     """A real Cluster: three primaries, and a replica for each of them if wanted."""
 
     def __init__(self, replicas: bool = False) -> None:
+        buses = [free_port() for _ in range(6 if replicas else 3)]
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000")
-        self.servers = [Valkey(*options) for _ in range(6 if replicas else 3)]
+        self.servers = [Valkey(*options, "--cluster-port", str(bus)) for bus in buses]
         self.primaries = self.servers[:3]
         first = self.servers[0]
         for number, server in enumerate(self.primaries):
@@ -95,12 +96,14 @@ class ValkeyCluster:
             server.do("CLUSTER", "ADDSLOTSRANGE", start, end)
             server.do("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for server in self.servers[1:]:
-            server.do("CLUSTER", "MEET", "127.0.0.1", first.port)
+            server.do("CLUSTER", "MEET", "127.0.0.1", first.port, buses[0])
         self._wait(lambda server: len(self._known(server)) == len(self.servers))
         for primary, replica in zip(self.primaries, self.servers[3:], strict=False):
             replica.do("CLUSTER", "REPLICATE", primary.do("CLUSTER", "MYID"))
         self._wait(lambda server: "cluster_state:ok" in self._info(server))
         if replicas:
+            # One that has never had its primary's data is not elected.
+            self._wait(lambda server: self._role(server)[3:4] in ([], [b"connected"]))
             self._wait(lambda server: self._known_as(server, "slave") == 3)
 
     def _info(self, server: Valkey) -> str:
@@ -111,6 +114,10 @@ class ValkeyCluster:
             if isinstance(info, bytes)
             else "\n".join(f"{key}:{value}" for key, value in info.items())
         )
+
+    def _role(self, server: Valkey) -> list[Any]:
+        role: Any = server.do("ROLE")
+        return [*role] if role[0] == b"slave" else []
 
     def _known(self, server: Valkey) -> list[str]:
         with server.client() as client:
