@@ -17,7 +17,9 @@ import asyncio
 import concurrent.futures
 import inspect
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
@@ -460,13 +462,14 @@ async def wait_async(steps: Steps[R]) -> R:
     futures: Sequence[Future[Any]] = ()
     try:
         loop = asyncio.get_running_loop()
+        bells = _bells(loop)
         while True:
             futures = next(steps)
             if any(future.done() for future in futures):
                 continue
             bell: asyncio.Future[None] = loop.create_future()
             for future in futures:
-                future.add_done_callback(partial(_ring, loop, bell))
+                future.add_done_callback(partial(bells.ring, bell))
             await bell
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
@@ -477,16 +480,50 @@ async def wait_async(steps: Steps[R]) -> R:
         del futures
 
 
-def _ring(loop: asyncio.AbstractEventLoop, bell: "asyncio.Future[None]", _: "Future[Any]") -> None:
-    try:
-        loop.call_soon_threadsafe(_answer, bell)
-    except RuntimeError:
-        pass  # the loop is closed
+class _Bells:
+    """Futures of one event loop that other threads set: those set at once wake the loop once."""
+
+    __slots__ = ("_called", "_ringing", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._ringing: deque[asyncio.Future[None]] = deque()
+        #: The loop will look into `_ringing`. Set after something was put in, cleared before it
+        #: looks.
+        self._called = False
+
+    def ring(self, bell: "asyncio.Future[None]", _: object = None) -> None:
+        """Sets `bell`. On any thread."""
+        self._ringing.append(bell)
+        if not self._called:
+            self._called = True
+            try:
+                self.loop.call_soon_threadsafe(self._ring)
+            except RuntimeError:
+                pass  # the loop is closed
+
+    def _ring(self) -> None:
+        self._called = False
+        while self._ringing:
+            bell = self._ringing.popleft()
+            if not bell.done():
+                bell.set_result(None)
 
 
-def _answer(bell: "asyncio.Future[None]") -> None:
-    if not bell.done():
-        bell.set_result(None)
+class _Here(threading.local):
+    """Of the event loop that runs on this thread."""
+
+    bells: _Bells | None = None
+
+
+_here = _Here()
+
+
+def _bells(loop: asyncio.AbstractEventLoop) -> _Bells:
+    bells = _here.bells
+    if bells is None or bells.loop is not loop:
+        bells = _here.bells = _Bells(loop)
+    return bells
 
 
 def _desert(futures: Iterable["Future[Any]"]) -> None:

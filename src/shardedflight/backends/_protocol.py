@@ -17,6 +17,7 @@ import struct
 import traceback
 import uuid
 from datetime import datetime, time
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +33,7 @@ _LENGTH = struct.Struct(">Q")
 _FLOAT = struct.Struct(">d")
 
 
+@lru_cache(maxsize=4096)  # a call asks twice; keys that are equal have one name
 def name_of(namespace: str, flight: str | None, parts: tuple[Any, ...]) -> bytes:
     """The name of a key: 20 bytes.
 

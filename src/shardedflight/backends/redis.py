@@ -133,7 +133,7 @@ class _RedisTurn(Turn):
         self.name = name
         self.reject = reject
         #: The number of its request: the server knows a repeated one by it.
-        self.number = os.urandom(8).hex()
+        self.number = backend.new_number()
         #: The token of what it leads or follows; 0 while it is asked for.
         self.token = 0
         #: The token of what it has followed before.
@@ -652,7 +652,7 @@ class RedisBackend(Wire):
         if not turn.done():
             turn.token = 0
             turn.forgotten = False
-            turn.number = os.urandom(8).hex()
+            turn.number = self.new_number()
             self._join([turn], None)
 
     # -- messages ---------------------------------------------------------------------------------
@@ -728,6 +728,10 @@ class RedisBackend(Wire):
     def _drop_lead(self, lead: _RedisLead) -> None:
         with self._lock:
             self._leads.pop((lead.name, lead.token), None)
+
+    def new_number(self) -> str:
+        """What no other request of any process is called."""
+        return f"{self._inbox}-{next(self._serial)}"
 
     # -- servers ----------------------------------------------------------------------------------
 
