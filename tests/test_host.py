@@ -1,7 +1,6 @@
 """What is the host tier's own: locks, files, the directory, fork. See test_tiers for the rest."""
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -376,11 +375,6 @@ def test_a_loop_closed_under_its_leader_hands_over(directory: Path, start: Any) 
     follower = second.call("do", "k")
     leader.result(PATIENCE)
 
-    def runs() -> bool:
-        gc.collect()
-        return not follower.events.empty()
-
-    eventually(runs)
     follower.runs()
     follower.let_return(1)
     assert follower.ends()["value"] == 1

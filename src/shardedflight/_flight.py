@@ -779,6 +779,8 @@ class ShardedFlight(Core):
             leader = shard.leader(seat)
             loop = loop_of(leader)
             if loop is not None and loop.is_closed():
+                if self._tier is not None:
+                    self._tier.lose(seat)
                 self._conclude(shard, h, seat, leader, End.LOST)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -405,6 +405,12 @@ class Tier:
             return 0
         return followers
 
+    def lose(self, seat: Seat) -> None:
+        """The leader of `seat` is lost, and does not know: its event loop was closed under it."""
+        known = self._abroad.pop(id(seat), None)
+        if known is not None:
+            known[1].leave()
+
     def _leave(self, seat: Seat, turn: Lead | Outcome | None) -> None:
         """A call is over here, whichever way."""
         self._abroad.pop(id(seat), None)
