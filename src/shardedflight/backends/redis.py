@@ -74,9 +74,13 @@ _backends: "weakref.WeakSet[RedisBackend]" = weakref.WeakSet()
 
 
 class _Script:
+    """A script, as the beginning of a command that runs it."""
+
     def __init__(self, source: str) -> None:
-        self.source = source
-        self.digest = sha1(source.encode(), usedforsecurity=False).hexdigest()
+        text = source.encode()
+        digest = sha1(text, usedforsecurity=False).hexdigest().encode()
+        self.by_source = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(text), text)
+        self.by_digest = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % digest
 
 
 _JOIN, _DONE, _GIVE = (_Script(s) for s in (_scripts.JOIN, _scripts.DONE, _scripts.GIVE))
@@ -98,11 +102,17 @@ class _Request(Future[Any]):
         self.repeated = False
         self.moved = False
 
-    def command(self, by_source: bool) -> tuple[Any, ...]:
+    def packed(self, by_source: bool) -> bytes:
+        """The command as it is sent: several times faster than redis-py, which asks each type."""
         if self.script is None:
-            return ("PING",)
-        how = ("EVAL", self.script.source) if by_source else ("EVALSHA", self.script.digest)
-        return (*how, len(self._keys), *self._keys, *self._args)
+            return b"*1\r\n$4\r\nPING\r\n"
+        head = self.script.by_source if by_source else self.script.by_digest
+        count = 3 + len(self._keys) + len(self._args)
+        packed = [b"*%d\r\n" % count, head]
+        for part in (len(self._keys), *self._keys, *self._args):
+            content = part if type(part) is bytes else str(part).encode()
+            packed.append(b"$%d\r\n%b\r\n" % (len(content), content))
+        return b"".join(packed)
 
     def answer(self, reply: Any) -> None:
         with contextlib.suppress(InvalidStateError):
@@ -250,8 +260,8 @@ class _Node:
     def _exchange(self, batch: list[_Request], by_source: bool) -> list[_Request]:
         """Sends and reads. Returns those whose script the server does not have."""
         connection = self._connection
-        commands = [request.command(by_source) for request in batch]
-        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        commands = b"".join([request.packed(by_source) for request in batch])
+        connection.send_packed_command([commands], check_health=False)
         missing: list[_Request] = []
         for request in batch:
             try:
