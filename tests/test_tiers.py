@@ -163,6 +163,20 @@ def test_one_execution_for_all_processes(tier: Any, start: Any, leads: str, foll
     assert second.stats()["remote_follows"] == third.stats()["remote_follows"] == 1
 
 
+def test_a_decorated_function_is_one_in_all_processes(tier: Any, start: Any) -> None:
+    first, second = start(2)
+    leader = first.call("coalesce", "k", 1)
+    leader.runs()
+    follower = second.call("coalesce", "k", 1)
+    eventually(lambda: tier.followers() == 1)
+    other = second.call("coalesce", "k", 2)
+    other.runs()
+    for call in (other, leader):
+        call.let_return(call.number)
+    assert follower.ends()["value"] == leader.number
+    assert (leader.ends()["value"], other.ends()["value"]) == (leader.number, other.number)
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_a_lone_call_is_not_shared_and_leaves_nothing(tier: Any, start: Any, how: str) -> None:
     (worker,) = start(1)

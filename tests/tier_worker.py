@@ -12,7 +12,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
-from shardedflight import FlightErrorGroup, ShardedFlight
+from shardedflight import FlightErrorGroup, ShardedFlight, coalesce
 from shardedflight.backends import fencing_token
 
 _writing = threading.Lock()
@@ -27,11 +27,20 @@ def parts_of(parts: list[Any]) -> tuple[Any, ...]:
     return tuple(tuple(part) if isinstance(part, list) else part for part in parts)
 
 
+def fetch(worker: "Worker", call: int, *key: Any) -> Any:
+    return worker.run(call)
+
+
+def only_the_key(worker: "Worker", call: int, *key: Any) -> Any:
+    return key
+
+
 class Worker:
     def __init__(self, module: str, name: str, options: dict[str, Any]) -> None:
         make = getattr(importlib.import_module(f"shardedflight.backends.{module}"), name)
         self.backend = make(**options)
         self.flight = ShardedFlight(backend=self.backend, name="workers")
+        self.fetch = coalesce(flight=self.flight, key=only_the_key)(fetch)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         #: How each call's function is to end.
@@ -68,6 +77,12 @@ class Worker:
             threading.Thread(
                 target=self.report,
                 args=(call, lambda: flight.do_many(lambda keys: self.many(call, keys), key)),
+                daemon=True,
+            ).start()
+        elif how == "coalesce":
+            threading.Thread(
+                target=self.report,
+                args=(call, lambda: (self.fetch(self, call, *key), None)),
                 daemon=True,
             ).start()
         elif how == "do_future":

@@ -272,7 +272,7 @@ class Tier:
         """
         turn: Lead | Outcome | None = None
         try:
-            turn = wait(self._ask(seat, here=True), deadline)
+            turn = wait(self._ask(seat, here=True), deadline, seat)
             if turn is None:
                 return fn()
             if isinstance(turn, Outcome):
@@ -432,8 +432,13 @@ def _read(outcome: Outcome, seat: Seat) -> Any:
 # -- waiting --------------------------------------------------------------------------------------
 
 
-def wait(steps: Steps[R], deadline: float | None = None) -> R:
+def wait(steps: Steps[R], deadline: float | None = None, seat: Seat | None = None) -> R:
     """Goes through `steps` on this thread.
+
+    Args:
+        steps: What is to be done.
+        deadline: When the caller leaves if another process leads, by `time.monotonic`.
+        seat: What its caller leads in this process.
 
     Raises:
         CallersOwn: The deadline has passed before a turn was done.
@@ -447,7 +452,10 @@ def wait(steps: Steps[R], deadline: float | None = None) -> R:
                     futures[0].exception(_until(deadline))
                 except TimeoutError:
                     if not futures[0].done():
-                        raise CallersOwn(FlightTimeout("another process leads")) from None
+                        key = None if seat is None else public_key(seat[0])
+                        raise CallersOwn(
+                            FlightTimeout(f"waited in vain for {key!r}, which another process runs")
+                        ) from None
             else:
                 concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
     except StopIteration as stop:
@@ -456,7 +464,7 @@ def wait(steps: Steps[R], deadline: float | None = None) -> R:
         _desert(futures)
         raise
     finally:
-        del futures
+        del futures, seat
 
 
 def _until(deadline: float | None) -> float | None:

@@ -273,9 +273,12 @@ class Wire:
         if digest != self._digest(kind, body):
             raise ValueError("an outcome is corrupt, or was written by another codec")
         end = _ENDS[kind]
-        if end is End.ERROR:
-            return Outcome(end, RemoteError(*json.loads(body)))
-        return Outcome(end, self._codec.decode(body) if end is End.VALUE else None)
+        try:
+            if end is End.ERROR:
+                return Outcome(end, RemoteError(*json.loads(body)))
+            return Outcome(end, self._codec.decode(body) if end is End.VALUE else None)
+        except Exception as error:
+            raise ValueError(f"an outcome can not be read: {error}") from error
 
     def _digest(self, kind: bytes, body: bytes) -> bytes:
         return blake2b(kind + body, digest_size=_DIGEST, key=self._seal_key).digest()
