@@ -652,6 +652,7 @@ def test_a_future_that_is_woken_before_its_coming_is_told(end: str) -> None:
     expected = {"value": "served", "error": "failed", "lost": "took over", "cancelled": "cancelled"}
     assert recorder.story().count("joined") == 1
     assert [in_words(left) for left in recorder.of(Left)] == [expected[end]]
+    assert ("promoted" in recorder.story()) is (end == "lost")
     assert flight.observer_errors == 0
     eventually(lambda: flight.in_flight() == 0)
 

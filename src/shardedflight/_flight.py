@@ -44,7 +44,6 @@ from ._observe import (
     Departure,
     Observer,
     Subscription,
-    Visit,
     WatchedSeat,
     check_observer,
     departure_from,
@@ -192,6 +191,8 @@ class ShardedFlight(Core):
         self._pool: ThreadPoolExecutor | None = None
         #: Replaced, not changed, under `_observers_lock`.
         self._subscriptions: tuple[Subscription, ...] = ()
+        #: There has been an observer: what runs now may be watched. Asked where each step counts.
+        self._was_watched = False
         #: Written under `_observers_lock`.
         self._observer_errors = 0
         self._tier = None if backend is None else Tier(backend, name)
@@ -210,7 +211,7 @@ class ShardedFlight(Core):
         deadline = None if timeout is None else monotonic() + timeout
         try:
             if shard.claim(h, seat):
-                return self._lead(shard, h, seat, seat[1], fn, False, deadline)
+                return self._lead(shard, h, seat, seat[1], fn, deadline)
             return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
             try:
@@ -228,22 +229,20 @@ class ShardedFlight(Core):
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
         record: Execution | None = None
-        visit: Visit | None = None
         deadline = None if timeout is None or self._tier is None else monotonic() + timeout
         try:
             refuse_coroutine_function(fn)
             record = shard.join(h, seat, sleeper, None)
             if record is not None:
                 if isinstance(record.seat, WatchedSeat):
-                    visit = Visit(record.seat.execution)
-                    visit.begin()
+                    record.seat.join(sleeper)
                 begin_wait(shard, (record,))
                 try:
                     if not sleeper.sleep(timeout):
                         if self._leave(shard, record, sleeper):
                             shard.count_timeout()
-                            if visit is not None:
-                                visit.end(Departure.TIMED_OUT)
+                            if isinstance(record.seat, WatchedSeat):
+                                record.seat.leave(sleeper, Departure.TIMED_OUT)
                             raise FlightTimeout(
                                 f"waited {timeout} s for the execution of {record.key!r}"
                             )
@@ -251,15 +250,15 @@ class ShardedFlight(Core):
                 finally:
                     end_wait()
                 promoted = sleeper.news[0][1]
-                if visit is not None:
-                    visit.end(Departure.TOOK_OVER if promoted else departure_from(record))
+                if isinstance(record.seat, WatchedSeat):
+                    record.seat.leave(sleeper, departure_from(record, promoted))
                 if not promoted:
                     return record.outcome()
         except BaseException:
             try:
-                self._stop_following(shard, h, seat, sleeper, record, visit)
+                self._stop_following(shard, h, seat, sleeper, record)
             except BaseException:  # interrupted: see Core.do
-                self._stop_following(shard, h, seat, sleeper, record, visit)
+                self._stop_following(shard, h, seat, sleeper, record)
                 raise
             finally:
                 del record, sleeper  # the traceback holds this frame: see Failure
@@ -268,22 +267,14 @@ class ShardedFlight(Core):
             if record is not None:
                 seat = record.seat
                 shard.adopt(seat, sleeper, sleeper.thread)
-            return self._lead(shard, h, seat, sleeper.thread, fn, record is not None, deadline)
+            return self._lead(shard, h, seat, sleeper.thread, fn, deadline)
         finally:
             del record, sleeper, seat
 
     def _stop_following(
-        self,
-        shard: Shard,
-        h: int,
-        seat: Seat,
-        sleeper: Sleeper,
-        record: Execution | None,
-        visit: Visit | None,
+        self, shard: Shard, h: int, seat: Seat, sleeper: Sleeper, record: Execution | None
     ) -> None:
         self._withdraw(shard, h, sleeper, record)
-        if visit is not None:
-            visit.end(Departure.CANCELLED)
         # A key's __eq__ may have raised when `seat` was linked already: nobody else's error.
         self._conclude(shard, h, seat, seat[1], End.LOST)
 
@@ -294,7 +285,6 @@ class ShardedFlight(Core):
         seat: Seat,
         leader: Any,
         fn: Callable[[], T],
-        promoted: bool,
         deadline: float | None = None,
     ) -> tuple[T, bool]:
         """Runs `fn` on this thread, for an execution that others may know of already.
@@ -304,7 +294,7 @@ class ShardedFlight(Core):
         tier = self._tier
         try:
             if isinstance(seat, WatchedSeat):
-                seat.start(leader, promoted)
+                seat.start(leader)
             value = fn() if tier is None else tier.lead(shard, h, seat, fn, deadline)
             if type(value) is CoroutineType:
                 self._conclude(shard, h, seat, leader, End.LOST)
@@ -361,7 +351,6 @@ class ShardedFlight(Core):
         record: Execution | None = None
         run: LoopRun | None = None
         waiter: asyncio.Future[Any] | None = None
-        visit: Visit | None = None
         try:
             if shard.taken(h):
                 waiter = loop.create_future()
@@ -376,9 +365,8 @@ class ShardedFlight(Core):
                 assert waiter is not None
                 if id(loop) not in watched_loops:
                     watch_loop(loop, _loop_closed)
-                if isinstance(record.seat, WatchedSeat):
-                    visit = Visit(record.seat.execution)
-                    visit.begin()
+                if self._was_watched and isinstance(record.seat, WatchedSeat):
+                    record.seat.join(waiter)
                 if current_run.get() is not None or record.leader == get_ident():
                     begin_wait(shard, (record,), waiter)
                     try:
@@ -387,10 +375,8 @@ class ShardedFlight(Core):
                         end_wait(waiter)
                 else:
                     answer = await waiter
-                if visit is not None:
-                    visit.end(
-                        Departure.TOOK_OVER if answer is TAKE_OVER else departure_from(record)
-                    )
+                if self._was_watched and isinstance(record.seat, WatchedSeat):
+                    record.seat.leave(waiter, departure_from(record, answer is TAKE_OVER))
                 if answer is not TAKE_OVER:
                     return record.outcome() if answer is None else answer
                 run = LoopRun(loop)
@@ -399,7 +385,7 @@ class ShardedFlight(Core):
                     raise asyncio.CancelledError("the event loop was closed")
             assert run is not None
             assert seat is not None
-            self._start(run, self._run(run, shard, h, seat, fn, record is not None))
+            self._start(run, self._run(run, shard, h, seat, fn))
             if not run.done:
                 run.bell = loop.create_future()
                 if id(loop) not in watched_loops:
@@ -419,10 +405,10 @@ class ShardedFlight(Core):
         except GeneratorExit:
             # The coroutine is closed, perhaps by the garbage collector, at any point of any
             # thread: that may be one that holds the lock that leaving needs.
-            self._on_a_thread(self._leave_async, shard, h, seat, record, waiter, run, visit)
+            self._on_a_thread(self._leave_async, shard, h, seat, record, waiter, run)
             raise
         except BaseException:
-            self._leave_async(shard, h, seat, record, waiter, run, visit)
+            self._leave_async(shard, h, seat, record, waiter, run)
             raise
         finally:
             del record, seat, run, waiter  # a traceback may hold this frame: see Failure
@@ -448,15 +434,14 @@ class ShardedFlight(Core):
         h: int,
         seat: Seat,
         fn: Callable[[], Awaitable[Any]],
-        promoted: bool,
     ) -> None:
         """The task of an execution. Raises only what tells its loop that it was cancelled."""
         try:
             if run.paused:
                 await pause()
             begin_run(run)
-            if isinstance(seat, WatchedSeat):
-                seat.start(run, promoted)
+            if self._was_watched and isinstance(seat, WatchedSeat):
+                seat.start(run)
             awaitable: Any = (
                 fn() if self._tier is None else self._tier.lead_async(shard, h, seat, fn)
             )
@@ -466,7 +451,7 @@ class ShardedFlight(Core):
                 return
             value = await awaitable  # pyright: ignore[reportUnknownVariableType]
             run.value = value
-            if isinstance(seat, WatchedSeat) or not shard.release(h, seat):
+            if (self._was_watched and isinstance(seat, WatchedSeat)) or not shard.release(h, seat):
                 record = self._conclude(shard, h, seat, run, End.VALUE, value)
                 run.shared = record is not None and record.shared
         except BaseException as error:
@@ -492,13 +477,10 @@ class ShardedFlight(Core):
         record: Execution | None,
         waiter: "asyncio.Future[bool] | None",
         run: LoopRun | None,
-        visit: Visit | None,
     ) -> None:
         """A coroutine goes, at whatever point it was. What is over already is not disturbed."""
         if waiter is not None:
             self._withdraw(shard, h, waiter, record)
-        if visit is not None:
-            visit.end(Departure.CANCELLED)
         if run is None or run.done or seat is None:
             return
         if run.task is None:
@@ -543,9 +525,9 @@ class ShardedFlight(Core):
             else:
                 future.joined = record
                 if isinstance(record.seat, WatchedSeat):
-                    future.visit_begins(Visit(record.seat.execution), record)
+                    record.seat.join(future)
+                    future.check_woken(record)
         except BaseException:
-            future.visit_ends(Departure.CANCELLED)
             self._withdraw(shard, h, future, record)
             self._conclude(shard, h, seat, future, End.LOST)
             future.seat = None
@@ -646,10 +628,12 @@ class ShardedFlight(Core):
         found = {shard.record(seat) for seat in shard.holders(h)}
         found.add(joined)
         for record in found:
-            if record is None or self._leave(shard, record, waiter):
+            if record is None:
                 continue
-            if record.leader is waiter:
+            if not self._leave(shard, record, waiter) and record.leader is waiter:
                 self._conclude(shard, h, record.seat, waiter, End.LOST)
+            if isinstance(record.seat, WatchedSeat):
+                record.seat.leave(waiter, Departure.CANCELLED)
 
     def _seat(self, *seat: Any) -> Seat:
         """A seat, when something is done around the functions."""
@@ -674,6 +658,7 @@ class ShardedFlight(Core):
         with _observers_lock:
             if any(known.observer is observer for known in self._subscriptions):
                 raise ValueError(f"it is an observer of this flight already: {observer!r}")
+            self._was_watched = True
             self._subscriptions = (*self._subscriptions, Subscription(observer))
             self._wrap(True)
 

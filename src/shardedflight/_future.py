@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Run, Seat, Shard, public_key
 from ._deadlock import begin_wait, end_wait
-from ._observe import Departure, Visit, departure_from
+from ._observe import Departure, WatchedSeat, departure_from
 from ._waiting import Waiter
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ __all__ = ["FlightFuture"]
 
 class FlightFuture(Future[Any], Run, Waiter):
     """The caller of a function on the executor, or a follower."""
-
-    #: Has the visit as long as its end is to be told: whoever takes it out tells it. The futures
-    #: of which nobody is told have none.
-    _visits: "list[Visit] | None" = None
 
     def __init__(
         self, flight: "ShardedFlight", fn: "Callable[[], Any]", shard: Shard, h: int
@@ -84,7 +80,7 @@ class FlightFuture(Future[Any], Run, Waiter):
                 self.lose()
                 return
             try:
-                outcome = flight._lead(shard, h, seat, self, self._fn, self.joined is not None)
+                outcome = flight._lead(shard, h, seat, self, self._fn)
             except BaseException as error:
                 self._end(None, error)
             else:
@@ -128,34 +124,27 @@ class FlightFuture(Future[Any], Run, Waiter):
 
     # As a follower.
 
-    def visit_begins(self, visit: Visit, joined: Execution) -> None:
-        """Tells that it has joined, though it may have been woken already."""
-        visit.begin()
-        self._visits = [visit]
+    def check_woken(self, joined: Execution) -> None:
+        """Its coming has been told just now, and it may have been woken before that."""
         if self.cancelled():
-            self.visit_ends(Departure.CANCELLED)
+            self._tell_left(joined, Departure.CANCELLED)
         elif self._work is not None:
-            self.visit_ends(Departure.TOOK_OVER)
+            self._tell_left(joined, Departure.TOOK_OVER)
         elif self.done():
-            self.visit_ends(departure_from(joined))
+            self._tell_left(joined, departure_from(joined))
 
-    def visit_ends(self, departure: Departure) -> None:
-        """Tells that it leaves, if its coming was told."""
-        if self._visits:
-            try:
-                visit = self._visits.pop()
-            except IndexError:  # another thread was faster
-                return
-            visit.end(departure)
+    def _tell_left(self, joined: Execution, departure: Departure) -> None:
+        if isinstance(joined.seat, WatchedSeat):
+            joined.seat.leave(self, departure)
 
     def wake(self, execution: Execution) -> None:
         departure = departure_from(execution)
-        self.visit_ends(departure)
+        self._tell_left(execution, departure)
         if execution.end is End.VALUE:
             self._end((execution.value, execution.shared), None)
         else:
             self._end(None, execution.error())
-        self.visit_ends(departure)  # if its coming was told only now
+        self._tell_left(execution, departure)  # if its coming was told only now
 
     def take_over(self, execution: Execution) -> bool:
         if self.cancelled():
@@ -163,13 +152,13 @@ class FlightFuture(Future[Any], Run, Waiter):
         if self._work is not None:
             return True  # told twice
         self.seat = execution.seat
-        self.visit_ends(Departure.TOOK_OVER)
+        self._tell_left(execution, Departure.TOOK_OVER)
         try:
             self.submit()
         except Exception as error:  # no thread for it: its own loss, as for a leader
             self._end(None, error)
             return False
-        self.visit_ends(Departure.TOOK_OVER)  # as in wake
+        self._tell_left(execution, Departure.TOOK_OVER)  # as in wake
         return True
 
     # As a future.
@@ -178,7 +167,8 @@ class FlightFuture(Future[Any], Run, Waiter):
         """Leaves the flight. False if the outcome is there already."""
         if not super().cancel():
             return False
-        self.visit_ends(Departure.CANCELLED)
+        if self.joined is not None:
+            self._tell_left(self.joined, Departure.CANCELLED)
         self._tell_waiters()
         # A follower leaves what it has joined; a leader, or one that has taken over, what it leads.
         flight, shard, seat = self._flight, self._shard, self.seat

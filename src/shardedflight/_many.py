@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refuse_coroutine
 from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code, pause
-from ._observe import Departure, Visit, WatchedSeat, departure_from
+from ._observe import WatchedSeat, departure_from
 from ._replica import Failure, traceback_of
 from ._tier import Outcome, Party, wait, wait_async
 from ._waiting import (
@@ -37,7 +37,7 @@ __all__ = ["do_many", "do_many_async"]
 class _Item:
     """One key of a call."""
 
-    __slots__ = ("error", "found", "h", "joined", "key", "led", "names", "seat", "shard", "visit")
+    __slots__ = ("error", "found", "h", "joined", "key", "led", "names", "seat", "shard")
 
     def __init__(self, key: Any, h: int, shard: Shard) -> None:
         #: What the caller calls it: more than one name if `build_key` makes one key of them.
@@ -49,8 +49,6 @@ class _Item:
         self.seat: Seat | None = None
         #: What it has joined.
         self.joined: Execution | None = None
-        #: Of what it has joined, if somebody watches that.
-        self.visit: Visit | None = None
         self.led = False
         #: The outcome: a value and whether it was shared, or an error, or neither: it is missing.
         self.found: tuple[Any, bool] | None = None
@@ -108,15 +106,14 @@ class _Batch:
             else:
                 self.joined[item.joined] = item
                 if isinstance(item.joined.seat, WatchedSeat):
-                    item.visit = Visit(item.joined.seat.execution)
-                    item.visit.begin()
+                    item.joined.seat.join(waiter)
         return led
 
-    def hear(self, news: list[tuple[Execution, bool]]) -> list[_Item]:
+    def hear(self, waiter: Sleeper | Inbox) -> list[_Item]:
         """Takes the news of joined executions; returns those that the call now leads."""
         promoted: list[_Item] = []
-        while news:
-            execution, leads = news.pop(0)
+        while waiter.news:
+            execution, leads = waiter.news.pop(0)
             item = self.joined.pop(execution, None)
             if item is None:
                 continue  # told twice
@@ -126,8 +123,8 @@ class _Batch:
                 promoted.append(item)
             else:
                 item.take_outcome()
-            if item.visit is not None:
-                item.visit.end(Departure.TOOK_OVER if leads else departure_from(execution))
+            if isinstance(execution.seat, WatchedSeat):
+                execution.seat.leave(waiter, departure_from(execution, leads))
         return promoted
 
     def check_wait(self, led: list[_Item], blocking: bool) -> None:
@@ -193,8 +190,6 @@ class _Batch:
         """The caller goes: leaves what it has joined, hands over what it was to lead."""
         for item in self.items:
             self.flight._withdraw(item.shard, item.h, waiter, item.joined)
-            if item.visit is not None:
-                item.visit.end(Departure.CANCELLED)
 
     def answer(self) -> dict[Any, tuple[Any, bool]]:
         """The call's answer, once nothing is outstanding."""
@@ -251,7 +246,7 @@ def _start(items: list[_Item], leader: Any) -> None:
     batch = tuple([seat.execution for seat in seats])
     for item in items:
         if isinstance(item.seat, WatchedSeat):
-            item.seat.start(leader, item.joined is not None, batch)
+            item.seat.start(leader, batch)
 
 
 def do_many(
@@ -273,7 +268,7 @@ def do_many(
                 sleeper.sleep()
             finally:
                 end_wait()
-            promoted = batch.hear(sleeper.news)
+            promoted = batch.hear(sleeper)
             for item in promoted:
                 item.shard.adopt(cast("Seat", item.seat), sleeper, me)
             if promoted:
@@ -385,7 +380,7 @@ async def do_many_async(
                     end_wait(bell)
             else:
                 await bell
-            promoted = batch.hear(inbox.news)
+            promoted = batch.hear(inbox)
             for ended in [run for run in runs if run.done]:
                 del runs[ended]
                 ended.outcome()  # raises what is this caller's alone

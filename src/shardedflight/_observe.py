@@ -3,7 +3,7 @@
 An execution is told from its beginning to its end to those who were observers when its caller
 came. So each carries them: its seat is a `WatchedSeat`, made only while somebody watches, and a
 plain tuple otherwise. Nothing is looked up and nothing has to be cleared away, and a flight that
-nobody watches does no more than it did without this module.
+nobody watches only asks, here and there, whether somebody does.
 
 Observers run outside of every lock, on the thread where it happens:
 
@@ -14,7 +14,7 @@ Observers run outside of every lock, on the thread where it happens:
 - `follower_joined` before the follower sleeps, `follower_left` before it returns.
 
 The form, Protocols that take one frozen dataclass, is that of stamina's instrumentation hooks
-(https://stamina.hynek.me/en/stable/instrumentation.html).
+(https://github.com/hynek/stamina).
 """
 
 import contextlib
@@ -39,7 +39,6 @@ __all__ = [
     "Observer",
     "Started",
     "Subscription",
-    "Visit",
     "WatchedSeat",
     "check_observer",
     "departure_from",
@@ -179,17 +178,23 @@ class Observer(Protocol):
     that one raises is logged (the first of each observer) and counted, and reaches no caller.
     """
 
+    # To type checkers a Protocol's method without a statement is abstract, hence the `return`.
+
     def execution_started(self, event: Started, /) -> None:
         """A leader's function is about to run, here."""
+        return
 
     def execution_ended(self, event: Ended, /) -> None:
         """A leader's function has run; those who wait for it will be told next."""
+        return
 
     def follower_joined(self, event: Joined, /) -> None:
         """A follower is about to wait."""
+        return
 
     def follower_left(self, event: Left, /) -> None:
         """A follower has its outcome, takes over, or goes without one."""
+        return
 
 
 def check_observer(observer: object) -> None:
@@ -245,6 +250,10 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
     execution: ObservedExecution
     #: The run that its leader has begun. Written by the leader before its function runs.
     run: "_Run | None"
+    #: The followers whose coming was told. Whoever takes one out tells that it leaves.
+    followers: dict[Any, Joined]
+    #: A follower has taken over, written before it begins.
+    promoted: bool
 
     @classmethod
     def make(
@@ -254,11 +263,13 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
         watched = cls(seat)
         watched.execution = ObservedExecution(flight, seat[0], subscriptions)
         watched.run = None
+        watched.followers = {}
+        watched.promoted = False
         return watched
 
-    def start(self, leader: Any, promoted: bool, batch: tuple[ObservedExecution, ...] = ()) -> None:
+    def start(self, leader: Any, batch: tuple[ObservedExecution, ...] = ()) -> None:
         """Tells that the function of `leader` is about to run."""
-        started = Started(self.execution, promoted, batch or (self.execution,), monotonic())
+        started = Started(self.execution, self.promoted, batch or (self.execution,), monotonic())
         self.run = _Run(leader, started)
         for subscription in self.execution._subscriptions:
             subscription.tell(subscription.execution_started, started)
@@ -279,6 +290,26 @@ class WatchedSeat(tuple[Any, ...]):  # noqa: SLOT001 - a tuple can have no slots
         finally:
             del value, error, ended  # a traceback that holds this frame may be the error's own
 
+    def join(self, waiter: Any) -> None:
+        """Tells that `waiter` waits from now on."""
+        joined = Joined(self.execution, monotonic())
+        try:
+            for subscription in self.execution._subscriptions:
+                subscription.tell(subscription.follower_joined, joined)
+        finally:
+            self.followers[waiter] = joined
+
+    def leave(self, waiter: Any, departure: Departure) -> None:
+        """Tells that `waiter` waits no more; once, and only if its coming was told."""
+        if departure is Departure.TOOK_OVER:
+            self.promoted = True
+        joined = self.followers.pop(waiter, None)
+        if joined is None:
+            return
+        left = Left(joined, departure, monotonic())
+        for subscription in self.execution._subscriptions:
+            subscription.tell(subscription.follower_left, left)
+
 
 class _Run:
     """One run of a leader's function."""
@@ -298,31 +329,8 @@ class _Run:
             return False
 
 
-class Visit:
-    """A follower of an execution that somebody watches."""
-
-    __slots__ = ("_joined", "_open")
-
-    def __init__(self, execution: ObservedExecution) -> None:
-        self._joined = Joined(execution, monotonic())
-        self._open = [True]
-
-    def begin(self) -> None:
-        """Tells that the follower has come."""
-        for subscription in self._joined.execution._subscriptions:
-            subscription.tell(subscription.follower_joined, self._joined)
-
-    def end(self, departure: Departure) -> None:
-        """Tells that the follower goes; once."""
-        try:
-            self._open.pop()
-        except IndexError:
-            return
-        left = Left(self._joined, departure, monotonic())
-        for subscription in self._joined.execution._subscriptions:
-            subscription.tell(subscription.follower_left, left)
-
-
-def departure_from(record: Execution) -> Departure:
-    """How a follower leaves an execution that has ended."""
+def departure_from(record: Execution, promoted: bool = False) -> Departure:
+    """How a follower leaves that was woken: it leads by now, or there is an outcome."""
+    if promoted:
+        return Departure.TOOK_OVER
     return Departure.SERVED if record.end is End.VALUE else Departure.FAILED

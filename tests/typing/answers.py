@@ -21,6 +21,7 @@ from shardedflight import (
     coalesce,
     keys,
 )
+from shardedflight.observe import Departure, End, Ended, Left, ObservedExecution, Observer, Started
 
 T = TypeVar("T")
 
@@ -369,3 +370,26 @@ async def decorated(repository: Repository) -> None:
     assert_type(Repository.static_outside(1), Item)
     assert_type(repository.of_class_outside(1), Item)
     assert_type(Repository.of_class_outside(1), Item)
+
+
+class Watching(Observer):
+    """Has those methods that it wants."""
+
+    def execution_ended(self, event: Ended, /) -> None:
+        assert_type(event.started, Started)
+        assert_type(event.execution, ObservedExecution)
+        assert_type(event.execution.flight, ShardedFlight)
+        assert_type(event.end, End)
+        assert_type(event.error, Exception | None)
+        assert_type(event.seconds, float)
+
+    def follower_left(self, event: Left, /) -> None:
+        assert_type(event.departure, Departure)
+        assert_type(event.joined.execution, ObservedExecution)
+
+
+def watched(flight: ShardedFlight) -> None:
+    flight.add_observer(Watching())
+    flight.remove_observer(Watching())
+    assert_type(flight.observer_errors, int)
+    assert_type(flight.name, str | None)

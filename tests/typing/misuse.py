@@ -78,6 +78,11 @@ def watching(flight: ShardedFlight) -> None:
     print(flight.stats().hits)  # type: ignore[attr-defined]
 
 
+def watched(flight: ShardedFlight) -> None:
+    flight.add_observer(print)  # type: ignore[arg-type]
+    flight.observer_errors = 0  # type: ignore[misc]
+
+
 def shipped_keys() -> None:
     keys.join_key(1)  # type: ignore[arg-type]
     keys.fnv1a_64(1)  # type: ignore[arg-type]
