@@ -29,7 +29,11 @@ class Valkey:
         self._directory = tempfile.TemporaryDirectory()
         self._options = options
         self.process: subprocess.Popen[bytes] | None = None
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def url(self) -> str:
@@ -88,8 +92,17 @@ class ValkeyCluster:
     def __init__(self, replicas: bool = False) -> None:
         buses = [free_port() for _ in range(6 if replicas else 3)]
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000")
-        self.servers = [Valkey(*options, "--cluster-port", str(bus)) for bus in buses]
-        self.primaries = self.servers[:3]
+        self.servers: list[Valkey] = []
+        try:
+            for bus in buses:
+                self.servers.append(Valkey(*options, "--cluster-port", str(bus)))
+            self.primaries = self.servers[:3]
+            self._form(buses, replicas)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _form(self, buses: list[int], replicas: bool) -> None:
         first = self.servers[0]
         for number, server in enumerate(self.primaries):
             start, end = number * 5461, 16383 if number == 2 else number * 5461 + 5460
