@@ -126,7 +126,7 @@ pins: .venv/pins-$(KEY)/made
 	@$(resolve) --extra test --extra demo --extra bench --extra docs -c requirements/check.txt \
 		pyproject.toml -o requirements/test.txt
 	@$(resolve) --extra docs --extra httpx --extra prometheus --extra opentelemetry \
-		-c requirements/check.txt pyproject.toml -o requirements/docs.txt
+		--extra host --extra redis -c requirements/check.txt pyproject.toml -o requirements/docs.txt
 	@$(resolve) --extra demo -c requirements/check.txt pyproject.toml -o requirements/demo.txt
 	@$(resolve) --extra bench -c requirements/check.txt pyproject.toml -o requirements/bench.txt
 	@$(resolve) --extra peers -c requirements/check.txt pyproject.toml -o requirements/peers.txt

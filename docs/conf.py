@@ -43,11 +43,11 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r".*"),
     ("py:.*", r"(asyncio|collections|concurrent|contextlib|functools|types|typing)\..*"),
-    ("py:.*", r"(httpx|opentelemetry|prometheus_client)\..*"),
+    ("py:.*", r"(httpx|opentelemetry|os|prometheus_client|redis)\..*"),
     # What `coalesce` returns is a function to its users: see decorator.md.
     ("py:class", r"shardedflight\._coalesce\.(Coalesced|Decorator)"),
-    # An observed execution's own.
-    ("py:class", r"Subscription"),
+    # An observed execution's and a backend's own.
+    ("py:class", r"Subscription|shardedflight\.backends\.redis\._Request"),
     # Type variables.
     ("py:class", r"(shardedflight\.[\w.]+\.)?(K|P|P2|R|R2|S|T|V|AppT|TransportT)"),
 ]

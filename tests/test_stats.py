@@ -25,6 +25,8 @@ TOTALS = (
     "deadlocks",
 )
 GAUGES = ("in_flight", "waiting")
+#: What test_tiers is about; all of it is 0 here.
+REMOTE = ("remote_leads", "remote_follows", "takeovers", "fenced", "fallbacks", "misses")
 
 
 class Lost(BaseException):
@@ -105,7 +107,12 @@ def test_stats_is_a_frozen_dataclass_with_exactly_these_fields() -> None:
     stats = ShardedFlight(4).stats()
     assert type(stats) is Stats
     assert dataclasses.is_dataclass(stats)
-    assert {field.name for field in dataclasses.fields(stats)} == {*TOTALS, *GAUGES, "per_shard"}
+    assert {field.name for field in dataclasses.fields(stats)} == {
+        *TOTALS,
+        *GAUGES,
+        "per_shard",
+        *REMOTE,
+    }
     assert all(type(getattr(stats, name)) is int for name in (*TOTALS, *GAUGES))
     assert stats.per_shard == (0, 0, 0, 0)
     assert type(stats.per_shard) is tuple

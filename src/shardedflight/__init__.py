@@ -4,11 +4,13 @@ Layers, each importing only from those below it (checked by import-linter in `ma
 
     __main__, demo, bench    programs, on the public names only
     http                     collapsing of HTTP requests, on the public names only
+    backends                 where the flights of several processes meet
     observe                  what is told to those who watch: its names, and adapters on them
     _coalesce                the decorator
     _flight                  ShardedFlight
     _many                    many keys in one call
     _future                  what do_future returns
+    _tier                    what a flight does that has a backend
     _deadlock                who waits for whom
     _observe                 what observers are told, and who tells them
     _waiting                 how callers wait, and how they are woken
@@ -31,6 +33,7 @@ from .exceptions import FlightError as FlightError
 from .exceptions import FlightErrorGroup as FlightErrorGroup
 from .exceptions import FlightTimeout as FlightTimeout
 from .exceptions import InvalidShardsError as InvalidShardsError
+from .exceptions import RemoteError as RemoteError
 
 __all__ = [
     "BackendError",
@@ -39,6 +42,7 @@ __all__ = [
     "FlightErrorGroup",
     "FlightTimeout",
     "InvalidShardsError",
+    "RemoteError",
     "ShardedFlight",
     "Stats",
     "coalesce",

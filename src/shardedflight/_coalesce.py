@@ -205,13 +205,18 @@ class Bound(Coalesced[P, R]):
 class Token:
     """Stands for one decorated function in the keys of a flight and of a cache."""
 
-    __slots__ = ("_name",)
+    __slots__ = ("_module", "_name")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, module: str = "") -> None:
         self._name = name
+        self._module = module
 
     def __repr__(self) -> str:
         return self._name
+
+    def __flight_key__(self) -> str:
+        """What it is called in other processes: see `shardedflight.backends`."""
+        return f"{self._module}:{self._name}"
 
 
 class Keys:
@@ -487,6 +492,11 @@ class Function:
     def methods(self) -> "Calls":
         """The calls whose first argument is an instance, made when they are first wanted."""
         # Python's own id: see the top of this module.
+        if self.key is None and self.flight._tier is not None:
+            raise TypeError(
+                f"the instances on which {self.token!r} is called are not told apart in other "
+                "processes: with a flight that has a backend, give coalesce a key="
+            )
         return Calls(self, id if self.cache is None else _instance)
 
 
@@ -699,7 +709,9 @@ def coalesce(
     def decorate(target: Any, /) -> Any:
         unwrapped = isinstance(target, staticmethod | classmethod)
         fn: Any = cast("Any", target).__func__ if unwrapped else target
-        token = Token(_name_of(fn))
+        token = Token(_name_of(fn), _module_of(fn))
+        if flight is not None and flight._tier is not None:
+            _check_found_by_name(fn)
         function = Function(
             fn,
             _takes_coroutines(fn),
@@ -760,7 +772,7 @@ class Probe:
 def _check_hooks(flight: ShardedFlight) -> None:
     function, argument = Probe(), Probe()
     try:
-        flight.forget(function, (argument,))  # nobody has this key
+        flight._place((function, (argument,)))
     except Exception as error:
         raise TypeError(
             f"flight must take the keys of coalesce, such as (f, (1, 2)), and {flight!r} does not: "
@@ -786,6 +798,25 @@ def _takes_coroutines(fn: Any) -> bool:
             "that returns a list of them"
         )
     return any(map(inspect.iscoroutinefunction, faces))
+
+
+def _check_found_by_name(fn: Any) -> None:
+    """Raises ValueError if other processes could take another function for this one."""
+    name = _name_of(fn)
+    if "<" in name or not isinstance(getattr(fn, "__module__", None), str):
+        raise ValueError(
+            f"with a flight that has a backend, coalesce takes functions that a module or a class "
+            f"has by name, and not {fn!r}: in other processes another one could be meant"
+        )
+
+
+def _module_of(fn: Any) -> str:
+    """The module of a function, under a name that it has in all processes."""
+    module = getattr(fn, "__module__", None)
+    if module not in ("__main__", "__mp_main__"):
+        return str(module)
+    path = getattr(sys.modules.get(module), "__file__", None)
+    return "__main__" if path is None else os.path.realpath(path)
 
 
 def _name_of(fn: Any) -> str:

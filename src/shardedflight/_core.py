@@ -157,6 +157,7 @@ class Execution:
     """
 
     __slots__ = (
+        "abroad",
         "attended",
         "end",
         "failure",
@@ -184,6 +185,8 @@ class Execution:
         self.joinable = True
         #: The leader's own caller still wants the outcome.
         self.attended = True
+        #: The outcome goes to other processes, or comes from one.
+        self.abroad = False
         #: The leader was lost and its heir has not begun; and who that leader was.
         self.inherited = False
         self.predecessor: Any = None
@@ -600,6 +603,13 @@ class Shard:
 
     # -- ending -----------------------------------------------------------------------------------
 
+    def share(self, h: int, seat: Seat) -> None:
+        """The outcome of an execution is shared with other processes. By its leader."""
+        with self.lock:
+            record = self._meet(h, seat)
+            if record is not None:
+                record.abroad = True
+
     def running_as(self, h: int, seat: Seat) -> tuple[Execution, ...]:
         """The record of an execution that its own caller waits for; empty if it has ended."""
         with self.lock:
@@ -677,7 +687,7 @@ class Shard:
                 self._remove_from_overflow(h, seat)
             record.leader = None
             if record.end is None:
-                record.shared = served + record.attended > 1
+                record.shared = served + record.attended + record.abroad > 1
                 record.failure = failure
                 if end is End.VALUE:
                     record.value = value

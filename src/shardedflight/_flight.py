@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, 
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from threading import get_ident
+from time import monotonic
 from types import CoroutineType, TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import _many
 from ._core import (
@@ -47,6 +48,7 @@ from ._observe import (
     check_observer,
     departure_from,
 )
+from ._tier import CallersOwn, Tier, TierStats
 from ._waiting import (
     TAKE_OVER,
     LoopRun,
@@ -57,7 +59,10 @@ from ._waiting import (
     wake_all,
     watch_loop,
 )
-from .exceptions import FlightTimeout, InvalidShardsError
+from .exceptions import BackendError, FlightTimeout, InvalidShardsError
+
+if TYPE_CHECKING:
+    from .backends import Backend
 
 __all__ = ["ShardedFlight", "Stats"]
 
@@ -94,6 +99,15 @@ class Stats:
         in_flight: Executions running now, forgotten ones among them.
         waiting: Followers waiting now.
         per_shard: Executions running now in each shard.
+        remote_leads: Executions that this process led for all processes. This and the next ones
+            are 0 without a backend.
+        remote_follows: Executions, counted above, whose outcome came from another process.
+        takeovers: Remote leads that followed a leader that was lost in another process.
+        fenced: Remote leads that had lost their place when they ended: their outcomes went to
+            this process alone.
+        fallbacks: Times that the backend could not be used, so that a function ran, or an outcome
+            stayed, in this process alone.
+        misses: Outcomes of other processes that could not be read.
     """
 
     executions: int
@@ -107,6 +121,12 @@ class Stats:
     in_flight: int
     waiting: int
     per_shard: tuple[int, ...]
+    remote_leads: int = 0
+    remote_follows: int = 0
+    takeovers: int = 0
+    fenced: int = 0
+    fallbacks: int = 0
+    misses: int = 0
 
 
 class ShardedFlight(Core):
@@ -128,9 +148,12 @@ class ShardedFlight(Core):
         on_abandon: What happens when the last caller leaves an execution that runs in a task, or
             waits for a place in `executor`: "cancel" makes it unjoinable and cancels it, "finish"
             lets it run to its end.
-        name: Shown by `repr` and to observers.
+        backend: Where the executions of several processes are joined: see
+            `shardedflight.backends`.
+        name: Shown by `repr` and to observers. On one backend, flights of one name meet.
 
     Raises:
+        BackendError: `backend` is none.
         InvalidShardsError: `shards` is not a power of two.
         TypeError: An argument is of the wrong type.
         ValueError: `on_abandon` is neither of its two values.
@@ -144,6 +167,7 @@ class ShardedFlight(Core):
         hash: Callable[[Any], int] | None = None,
         executor: Executor | None = None,
         on_abandon: OnAbandon = "cancel",
+        backend: "Backend | None" = None,
         name: str | None = None,
     ) -> None:
         if shards is None:
@@ -159,6 +183,8 @@ class ShardedFlight(Core):
             raise ValueError(f'on_abandon must be "cancel" or "finish", not {on_abandon!r}')
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a str or None, not {name!r}")
+        if backend is not None:
+            _check_backend(backend)
         super().__init__(shards, build_key, hash)
         self._cancels = on_abandon == "cancel"
         self._name = name
@@ -171,6 +197,8 @@ class ShardedFlight(Core):
         self._was_watched = False
         #: Written under `_observers_lock`.
         self._observer_errors = 0
+        self._tier = None if backend is None else Tier(backend, name)
+        self._wrap(backend is not None)
         register(self)
 
     # -- threads ----------------------------------------------------------------------------------
@@ -179,10 +207,13 @@ class ShardedFlight(Core):
         self, fn: Callable[[], T], part: Any, more: tuple[Any, ...], timeout: float | None
     ) -> tuple[T, bool]:
         key, h, shard = self._place(parts_of(part, more))
+        if self._tier is not None:
+            self._tier.check(shard, h, key)
         seat = self._seat(key, *leader_here())
+        deadline = None if timeout is None else monotonic() + timeout
         try:
             if shard.claim(h, seat):
-                return self._lead(shard, h, seat, seat[1], fn)
+                return self._lead(shard, h, seat, seat[1], fn, deadline)
             return self._follow(shard, h, seat, fn, timeout)
         except BaseException as error:
             try:
@@ -200,6 +231,7 @@ class ShardedFlight(Core):
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
         record: Execution | None = None
+        deadline = None if timeout is None or self._tier is None else monotonic() + timeout
         try:
             refuse_coroutine_function(fn)
             record = shard.join(h, seat, sleeper, None)
@@ -237,7 +269,7 @@ class ShardedFlight(Core):
             if record is not None:
                 seat = record.seat
                 shard.adopt(seat, sleeper, sleeper.thread)
-            return self._lead(shard, h, seat, sleeper.thread, fn)
+            return self._lead(shard, h, seat, sleeper.thread, fn, deadline)
         finally:
             del record, sleeper, seat
 
@@ -249,13 +281,23 @@ class ShardedFlight(Core):
         self._conclude(shard, h, seat, seat[1], End.LOST)
 
     def _lead(
-        self, shard: Shard, h: int, seat: Seat, leader: Any, fn: Callable[[], T]
+        self,
+        shard: Shard,
+        h: int,
+        seat: Seat,
+        leader: Any,
+        fn: Callable[[], T],
+        deadline: float | None = None,
     ) -> tuple[T, bool]:
-        """Runs `fn` on this thread, for an execution that others may know of already."""
+        """Runs `fn` on this thread, for an execution that others may know of already.
+
+        Until `deadline` it may be told that another process has run it: see `_tier`.
+        """
+        tier = self._tier
         try:
             if isinstance(seat, WatchedSeat):
                 seat.start(leader)
-            value = fn()
+            value = fn() if tier is None else tier.lead(shard, h, seat, fn, deadline)
             if type(value) is CoroutineType:
                 self._conclude(shard, h, seat, leader, End.LOST)
                 refuse_coroutine(value)
@@ -272,13 +314,18 @@ class ShardedFlight(Core):
             except BaseException:  # interrupted: see Core.do
                 self._fail(shard, h, seat, leader, error)
                 raise
+            if isinstance(error, CallersOwn):
+                shard.count_timeout()
+                raise error.own from None
             raise
         finally:
             del seat, leader  # that may hold a future, and that the error
 
     # -- coroutines -------------------------------------------------------------------------------
 
-    async def do_async(self, fn: Callable[[], Awaitable[T]], /, *parts: Any) -> tuple[T, bool]:
+    async def do_async(  # noqa: C901 - the hot path, written out
+        self, fn: Callable[[], Awaitable[T]], /, *parts: Any
+    ) -> tuple[T, bool]:
         """Awaits what `fn` returns, or the execution that already runs for this key.
 
         The awaitable runs in a task that the flight owns, on this event loop, with a copy of this
@@ -299,6 +346,8 @@ class ShardedFlight(Core):
                 something that can not be awaited: use `do`.
         """
         key, h, shard, taken = self._look(parts)
+        if self._tier is not None:
+            self._tier.check(shard, h, key)
         loop = get_running_loop()
         seat: Seat | None = None
         record: Execution | None = None
@@ -395,7 +444,9 @@ class ShardedFlight(Core):
             begin_run(run)
             if self._was_watched and isinstance(seat, WatchedSeat):
                 seat.start(run)
-            awaitable: Any = fn()
+            awaitable: Any = (
+                fn() if self._tier is None else self._tier.lead_async(shard, h, seat, fn)
+            )
             if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
                 run.error = not_awaitable(awaitable)
                 self._conclude(shard, h, seat, run, End.LOST)
@@ -407,7 +458,7 @@ class ShardedFlight(Core):
             else:
                 run.result = value, False
         except BaseException as error:
-            run.error = error
+            run.error = error.own if isinstance(error, CallersOwn) else error
             if isinstance(error, GeneratorExit):  # see do_async
                 self._on_a_thread(self._fail, shard, h, seat, run, error)
             elif isinstance(error, RecursionError):  # see Core.do
@@ -463,6 +514,8 @@ class ShardedFlight(Core):
         """
         refuse_coroutine_function(fn)
         key, h, shard = self._place(parts)
+        if self._tier is not None:
+            self._tier.check(shard, h, key)
         future = FlightFuture(self, fn, shard, h)
         seat = self._seat(key, future) if self._wraps else (key, future)
         record: Execution | None = None
@@ -630,7 +683,7 @@ class ShardedFlight(Core):
             if len(rest) == len(self._subscriptions):
                 raise ValueError(f"it is no observer of this flight: {observer!r}")
             self._subscriptions = rest
-            self._wrap(bool(rest))
+            self._wrap(bool(rest) or self._tier is not None)
 
     @property
     def observer_errors(self) -> int:
@@ -654,7 +707,9 @@ class ShardedFlight(Core):
     def forget(self, *parts: Any) -> None:
         """The next caller for this key starts a new execution.
 
-        One that runs now serves those who have joined it. Without one, nothing happens.
+        One that runs now serves those who have joined it. Without one, nothing happens. With a
+        backend this holds in all its processes; it is told before this returns, unless an event
+        loop runs on this thread, which is not held up.
 
         Args:
             *parts: What the key is made of.
@@ -663,6 +718,8 @@ class ShardedFlight(Core):
             TypeError: The key is not hashable, or a hook returned what it must not.
         """
         key, h, shard = self._place(parts)
+        if self._tier is not None:
+            self._tier.forget(key)
         shard.forget(h, key)
 
     def in_flight(self) -> int:
@@ -673,6 +730,7 @@ class ShardedFlight(Core):
         """A snapshot of the totals and gauges."""
         shards = self._made_shards()
         per_shard = self._running()
+        tier = TierStats() if self._tier is None else self._tier.stats()
         return Stats(
             executions=self._count_started(),
             shared=sum(shard.shared for shard in shards),
@@ -685,6 +743,12 @@ class ShardedFlight(Core):
             in_flight=sum(per_shard),
             waiting=sum(shard.waiting() for shard in shards),
             per_shard=per_shard,
+            remote_leads=tier.remote_leads,
+            remote_follows=tier.remote_follows,
+            takeovers=tier.takeovers,
+            fenced=tier.fenced,
+            fallbacks=tier.fallbacks,
+            misses=tier.misses,
         )
 
     def __repr__(self) -> str:
@@ -703,6 +767,8 @@ class ShardedFlight(Core):
             leader = shard.leader(seat)
             loop = loop_of(leader)
             if loop is not None and loop.is_closed():
+                if self._tier is not None:
+                    self._tier.lose(seat)
                 self._conclude(shard, h, seat, leader, End.LOST)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> "Callable[[], asyncio.Future[Any]]":
@@ -715,9 +781,19 @@ class ShardedFlight(Core):
     def _after_fork_in_child(self) -> None:
         self._orphan()
         self._pool = None
+        if self._tier is not None:
+            self._tier.restart()
 
 
 # -- helpers --------------------------------------------------------------------------------------
+
+
+def _check_backend(backend: object) -> None:
+    methods = ("name", "join", "seal", "open", "finish", "give_up", "forget")
+    if isinstance(backend, type) or not all(callable(getattr(backend, m, None)) for m in methods):
+        raise BackendError(
+            f"backend must be one of shardedflight.backends or None, not {backend!r}"
+        )
 
 
 def _check_executor(executor: object) -> None:

@@ -10,6 +10,7 @@ one waiter for all of them and reads its news.
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from threading import get_ident
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refuse_coroutine
 from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code, pause
 from ._observe import WatchedSeat, departure_from
-from ._replica import Failure
+from ._replica import Failure, traceback_of
+from ._tier import Outcome, Party, wait, wait_async
 from ._waiting import (
     Inbox,
     LoopRun,
@@ -78,6 +80,8 @@ class _Batch:
         by_key: dict[Any, _Item] = {}
         for name in keys:
             key, h, shard = flight._place((name,))
+            if flight._tier is not None:
+                flight._tier.check(shard, h, key)
             item = by_key.get(key)
             if item is None:
                 item = by_key[key] = _Item(key, h, shard)
@@ -139,6 +143,18 @@ class _Batch:
                 item.found = (answers[name], record is not None and record.shared)
             else:
                 self._conclude(item, leader, End.MISSING)
+
+    def take(self, leader: Any, item: _Item, outcome: Outcome) -> None:
+        """Another process has found what `leader` led in this one; or a value is refused."""
+        item.led = False
+        if outcome.end is End.ERROR:
+            item.error = outcome.value
+            traceback = traceback_of(outcome.value)
+            self._conclude(item, leader, End.ERROR, outcome.value, traceback)
+            return
+        self._conclude(item, leader, outcome.end, outcome.value)
+        if outcome.end is End.VALUE:
+            item.found = (outcome.value, True)
 
     def fail(self, items: list[_Item], leader: Any, error: BaseException) -> None:
         """The function has failed: so do all of `items`, or all are handed over."""
@@ -213,6 +229,17 @@ def _answers(found: object, items: Sequence[_Item]) -> dict[Any, Any]:
     return {name: found[name] for name in names if name in found}
 
 
+def _outcomes(items: Sequence[_Item], found: object) -> dict[_Item, Outcome]:
+    """The outcomes as other processes may know them."""
+    answers = _answers(found, items)
+    return {
+        item: Outcome(End.VALUE, answers[item.names[0]])
+        if item.names[0] in answers
+        else Outcome(End.MISSING)
+        for item in items
+    }
+
+
 def _start(items: list[_Item], leader: Any) -> None:
     """Tells those who watch `items` that the function is about to run for them."""
     seats = [item.seat for item in items if isinstance(item.seat, WatchedSeat)]
@@ -234,7 +261,7 @@ def do_many(
         led = batch.join(leader_here(), sleeper)
         batch.check_wait(led, blocking=True)
         if led:
-            _lead(batch, led, me, fn)
+            _lead_all(batch, led, me, fn)
         while batch.joined:
             begin_wait(batch.items[0].shard, tuple(batch.joined))
             try:
@@ -245,7 +272,7 @@ def do_many(
             for item in promoted:
                 item.shard.adopt(cast("Seat", item.seat), sleeper, me)
             if promoted:
-                _lead(batch, promoted, me, fn)
+                _lead_all(batch, promoted, me, fn)
         return batch.answer()
     except BaseException:
         try:
@@ -260,11 +287,31 @@ def do_many(
         batch.clear()
 
 
+def _lead_all(
+    batch: _Batch,
+    items: list[_Item],
+    leader: Any,
+    fn: Callable[[list[Any]], Mapping[Any, Any]],
+) -> None:
+    """Runs `fn` for `items`, but for those that another process finds."""
+    tier = batch.flight._tier
+    if tier is None:
+        _lead(batch, items, leader, fn, None)
+        return
+    party = Party(tier, items, here=True)
+    try:
+        while mine := wait(party.next(partial(batch.take, leader))):
+            _lead(batch, mine, leader, fn, party)
+    finally:
+        party.leave(items)
+
+
 def _lead(
     batch: _Batch,
     items: list[_Item],
     leader: Any,
     fn: Callable[[list[Any]], Mapping[Any, Any]],
+    party: Party | None,
 ) -> None:
     """Runs `fn` for `items`. Its exceptions are kept in the batch; what is none is raised."""
     try:
@@ -273,14 +320,33 @@ def _lead(
         if type(found) is CoroutineType:
             batch.lose(items, leader)
             refuse_coroutine(found)
-        batch.end(items, leader, found)
+        if party is None:
+            batch.end(items, leader, found)
+            return
+        refused = wait(party.finish(_outcomes(items, found)))
+        _end_abroad(batch, items, leader, found, refused)
     except Exception as error:
         if not any(item.running() for item in items):
             raise  # not the function's: it was refused
+        if party is not None:
+            wait(party.finish(dict.fromkeys(items, Outcome(End.ERROR, error))))
         batch.fail(items, leader, error)
 
 
 leading_code.add(_lead.__code__)
+
+
+def _end_abroad(
+    batch: _Batch,
+    items: list[_Item],
+    leader: Any,
+    found: object,
+    refused: dict[Any, Exception],
+) -> None:
+    """`batch.end`, when the other processes have been told; `refused` could not be told them."""
+    for item, error in refused.items():
+        batch.take(leader, item, Outcome(End.ERROR, error))
+    batch.end([item for item in items if item not in refused], leader, found)
 
 
 async def do_many_async(
@@ -346,17 +412,36 @@ async def _run(
 ) -> None:
     """The task of a run for many keys. What `fn` raises is kept in the batch."""
     run.pending = {id(item.seat) for item in items}
+    tier = batch.flight._tier
+    party = None if tier is None else Party(tier, items, here=False)
+    mine = items
     try:
         if run.paused:
             await pause()
         begin_run(run)
-        _start(items, run)
-        awaitable = fn([item.names[0] for item in items])
-        if not inspect.isawaitable(awaitable):
-            run.error = not_awaitable(awaitable)
-            batch.lose(items, run)
-            return
-        batch.end(items, run, await awaitable)
+        while mine:
+            if party is not None:
+                mine = await wait_async(party.next(partial(batch.take, run)))
+                if not mine:
+                    return
+            _start(mine, run)
+            try:
+                awaitable = fn([item.names[0] for item in mine])
+                if not inspect.isawaitable(awaitable):
+                    run.error = not_awaitable(awaitable)
+                    batch.lose(items, run)
+                    return
+                found = await awaitable
+                if party is None:
+                    batch.end(mine, run, found)
+                    return
+                refused = await wait_async(party.finish(_outcomes(mine, found)))
+                _end_abroad(batch, mine, run, found, refused)
+            except Exception as error:
+                if party is None:
+                    raise
+                await wait_async(party.finish(dict.fromkeys(mine, Outcome(End.ERROR, error))))
+                batch.fail(mine, run, error)
     except BaseException as error:
         if isinstance(error, GeneratorExit):
             batch.flight._on_a_thread(batch.lose, items, run)
@@ -367,9 +452,11 @@ async def _run(
         if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
             raise
     finally:
+        if party is not None:
+            party.leave(items)
         run.finish()
         inbox.wake(run)
-        del run, batch, items  # the error's traceback holds this frame: see Failure
+        del run, batch, items, mine, party  # the error's traceback holds this frame: see Failure
 
 
 def _leave(batch: _Batch, inbox: Inbox, begun: LoopRun, runs: dict[LoopRun, list[_Item]]) -> None:

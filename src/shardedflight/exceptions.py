@@ -10,6 +10,7 @@ __all__ = [
     "FlightErrorGroup",
     "FlightTimeout",
     "InvalidShardsError",
+    "RemoteError",
 ]
 
 
@@ -48,6 +49,26 @@ class FlightTimeout(FlightError, TimeoutError):
 
 class BackendError(FlightError):
     """A backend could not do what it was asked to."""
+
+
+class RemoteError(FlightError):
+    """A function has failed in another process. Its exception itself stays there.
+
+    The other process's traceback is a note of this exception, so that it is printed with it.
+
+    Attributes:
+        type_name: The type of the exception, with its module.
+        message: What it says.
+        remote_traceback: Its traceback, as text.
+    """
+
+    def __init__(self, type_name: str, message: str, remote_traceback: str) -> None:
+        super().__init__(f"{type_name}: {message}" if message else type_name)
+        self.type_name = type_name
+        self.message = message
+        self.remote_traceback = remote_traceback
+        if remote_traceback:
+            self.add_note(remote_traceback)
 
 
 class FlightErrorGroup(FlightError, ExceptionGroup[Exception]):

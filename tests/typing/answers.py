@@ -15,6 +15,7 @@ from shardedflight import (
     FlightErrorGroup,
     FlightTimeout,
     InvalidShardsError,
+    RemoteError,
     ShardedFlight,
     Stats,
     coalesce,
@@ -226,6 +227,7 @@ def errors(flight: ShardedFlight) -> None:
         DeadlockError,
         FlightTimeout,
         InvalidShardsError,
+        RemoteError,
     ]
     value_error: type[ValueError] = InvalidShardsError
     timeout_error: type[TimeoutError] = FlightTimeout
@@ -235,6 +237,8 @@ def errors(flight: ShardedFlight) -> None:
         flight.do_many(fetch_rows, [1])
     except DeadlockError as error:
         assert_type(error.keys, tuple[Hashable, ...])
+    except RemoteError as error:
+        assert_type((error.type_name, error.message, error.remote_traceback), tuple[str, str, str])
 
 
 class Rows(ShardedFlight):

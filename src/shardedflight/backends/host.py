@@ -1,0 +1,506 @@
+"""`HostBackend`: the processes of one machine meet in a directory, by the locks of its files.
+
+**Leading.** The file of a key, named by the key's digest, belongs to who has locked it with
+`flock`. The kernel frees the lock when its holder ends, in whatever way: so there is no lease, and
+nothing to guess. A leader that is stopped is not lost, its followers wait for it.
+
+**Following.** A follower that finds the file locked appends a mark to it, and a thread of its
+process waits for a shared lock; there is one for each key that the process follows. The leader
+takes the file's name away, looks for marks then, appends the outcome if there are any, and unlocks.
+All followers get the lock at once. One whose mark came too late finds no outcome and begins anew.
+The kernel removes the file when the last of them has closed it.
+
+**A lost leader** leaves a lock that is free, and a file that can be written: who has ended well has
+made it read-only first. Its followers take the name away from the file, if it still has one, and
+begin anew: one of them leads. `forget` only takes the name away.
+
+Descriptors that a forked child inherits would keep a lock: it closes them before anything else.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+import struct
+import threading
+import time
+import weakref
+from _thread import RLock
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from shardedflight._lock import SteadyLock
+from shardedflight._tier import Lead, Sealed, Turn
+from shardedflight.exceptions import BackendError
+
+from ._protocol import Codec, Wire
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError("the host tier needs the file locks of POSIX systems") from error
+
+__all__ = ["HostBackend"]
+
+#: What a file consists of: marks of followers, and at last the outcome with its token and length.
+_MARK, _OUTCOME = b"\x01", b"\x02"
+_MARK_SIZE = 8
+_HEAD = struct.Struct(">QQ")
+
+#: A call that has followed so many leaders that left no outcome runs its function for its process.
+_ROUNDS = 5
+#: The mode of a file whose leader has ended well. No right of anybody depends on it.
+_ENDED = 0o400
+
+#: Descriptors of files that may be locked; changed together with what opens them, so that a forked
+#: child knows them all.
+_held: set[int] = set()
+_forking = RLock()
+_backends: "weakref.WeakSet[HostBackend]" = weakref.WeakSet()
+
+
+class _File:
+    """An open file of a key, and what tells it from a later one of the same name."""
+
+    __slots__ = ("_identity", "_owner", "fd", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with _forking:
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+            _held.add(self.fd)
+        self._owner = os.getpid()
+        self._identity = _identity(os.fstat(self.fd))
+
+    def try_lock(self) -> bool:
+        """Locks the file if nobody has."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def named(self) -> bool:
+        """Whether the file still has its name, so that others find it."""
+        try:
+            return _identity(os.stat(self.path, follow_symlinks=False)) == self._identity
+        except FileNotFoundError:
+            return False
+
+    def unname(self) -> None:
+        """Takes its name away. Under the file's lock, so that it is not a later file's."""
+        if self.named():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+    def close(self, unlock: bool = True) -> None:
+        """Closes it, once, and in the process that has opened it."""
+        fd, self.fd = self.fd, -1
+        if fd < 0 or self._owner != os.getpid():
+            return
+        if unlock:  # a child that is being forked may have the descriptor for a moment more
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        _held.discard(fd)
+        os.close(fd)
+
+    def ours(self) -> bool:
+        """Whether this process has opened it and not closed it."""
+        return self.fd >= 0 and self._owner == os.getpid()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+class _HostLead(Lead):
+    __slots__ = ("file",)
+
+    def __init__(self, file: _File, token: int, inherited: bool) -> None:
+        super().__init__(token, inherited)
+        self.file = file
+
+    def __del__(self) -> None:
+        file: _File | None = getattr(self, "file", None)
+        if file is not None and file.ours():  # the flight has lost it
+            with contextlib.suppress(OSError):
+                file.unname()
+            file.close()
+
+
+class _HostTurn(Turn):
+    def __init__(self, backend: "HostBackend", name: bytes) -> None:
+        super().__init__(backend)
+        self.name = name
+        #: What it leads or follows. Written by who enters it, before anybody can join it.
+        self.file: _File | None = None
+        #: How many leaders it has followed in vain, and whether the last one was lost.
+        self.rounds = 0
+        self.lost = False
+        #: The token of an outcome that could not be read.
+        self.reject = 0
+
+    def joinable(self) -> bool:
+        file = self.file
+        return file is None or file.fd < 0 or file.named()
+
+
+class _Watch:
+    """One key that this process follows: a thread that waits for its leader, and who is served."""
+
+    __slots__ = ("file", "name", "turns")
+
+    def __init__(self, name: bytes, file: _File) -> None:
+        self.name = name
+        self.file = file
+        #: Under the backend's lock; None once the leader has ended.
+        self.turns: list[_HostTurn] | None = []
+
+
+class HostBackend(Wire):
+    """Lets the worker processes of one machine share executions. For POSIX systems.
+
+    Args:
+        directory: Where they meet: a local directory that is this user's alone. It is made if
+            there is none.
+        namespace: Processes with one namespace meet, those with another never.
+        codec: For values; by default `MessagePack()`.
+        limit: Bytes that an outcome may have on its way to other processes. With a larger one,
+            each process runs its own function.
+
+    Raises:
+        BackendError: The directory can not be used, or an argument is wrong.
+
+    May be used by any number of flights, threads and event loops. A forked child may go on using
+    it. Flights with one name, or without, meet on one backend.
+    """
+
+    def __init__(
+        self,
+        directory: "str | os.PathLike[str]",
+        *,
+        namespace: str = "shardedflight",
+        codec: Codec | None = None,
+        limit: int = 64 << 20,
+    ) -> None:
+        super().__init__(namespace, codec, limit)
+        self.directory = _checked(directory)
+        self._restart()
+        self._sweep()
+        _backends.add(self)
+
+    def _restart(self) -> None:
+        self._lock = SteadyLock()
+        self._watches: dict[bytes, _Watch] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._mark = _MARK + os.urandom(_MARK_SIZE - len(_MARK))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.directory}>"
+
+    def close(self) -> None:
+        """Ends the backend's idle threads. It can be used again; nothing has to be closed."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+
+    # -- as a backend -----------------------------------------------------------------------------
+
+    def join(self, wanted: Sequence[tuple[bytes, int]], here: bool) -> Sequence[Turn]:
+        """See `Backend.join`."""
+        turns = [_HostTurn(self, name) for name, _ in wanted]
+        for turn, (_, reject) in zip(turns, wanted, strict=True):
+            turn.reject = reject
+        asked: Future[None] | None = None
+        if len(turns) > 1:
+            asked = Future()
+            for turn in turns:
+                turn.asked = asked
+        self._run(here, self._enter_all, turns, asked)
+        return turns
+
+    def finish(self, ended: Sequence[tuple[Lead, bytes]], here: bool) -> "Sequence[Future[int]]":
+        """See `Backend.finish`. Nobody is fenced here: a lock is not lost."""
+        futures: list[Future[int]] = [Future() for _ in ended]
+        self._run(here, self._finish_all, ended, futures)
+        return futures
+
+    def give_up(self, lead: Lead) -> None:
+        """See `Backend.give_up`. What it does to the directory takes no longer than `stat`."""
+        assert isinstance(lead, _HostLead)
+        self._drop(lead.file)
+
+    def forget(self, name: bytes) -> "Future[None]":
+        """See `Backend.forget`. It is done at once."""
+        done: Future[None] = Future()
+        try:
+            os.unlink(self._path(name))
+        except FileNotFoundError:
+            done.set_result(None)
+        except OSError as error:
+            done.set_exception(_unusable(error))
+        else:
+            done.set_result(None)
+        return done
+
+    def _run(self, here: bool, work: Callable[..., None], *args: Any) -> None:
+        if here:
+            work(*args)
+            return
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(4, thread_name_prefix="shardedflight-host")
+            pool = self._pool
+        pool.submit(work, *args)
+
+    def _path(self, name: bytes) -> str:
+        return f"{self.directory}/{name.hex()}"
+
+    # -- joining ----------------------------------------------------------------------------------
+
+    def _enter_all(self, turns: Sequence[_HostTurn], asked: "Future[None] | None") -> None:
+        try:
+            for turn in turns:
+                self._enter(turn)
+        finally:
+            if asked is not None:
+                asked.set_result(None)
+
+    def _enter(self, turn: _HostTurn) -> None:
+        """Leads or follows."""
+        try:
+            while not turn.cancelled() and not self._attach(turn):
+                file = _File(self._path(turn.name))
+                try:
+                    if not file.try_lock():
+                        self._follow(turn, file)
+                        return
+                    if self._lead(turn, file):
+                        return
+                except BaseException:
+                    file.close()
+                    raise
+                file.close()
+        except OSError as error:
+            turn.fail(_unusable(error))
+
+    def _lead(self, turn: _HostTurn, file: _File) -> bool:
+        """Leads, with the file locked. False if it is not the file to lead with."""
+        if not file.named():
+            return False
+        if os.fstat(file.fd).st_size:  # a lost leader's: whoever waits for that begins anew
+            file.unname()
+            return False
+        lead = _HostLead(file, self._next_token(), turn.lost)
+        turn.file = file
+        if not turn.settle(lead):
+            self._drop(file)
+        return True
+
+    def _next_token(self) -> int:
+        """The time in microseconds, or more: greater than all before, whatever the clock does."""
+        file = _File(f"{self.directory}/token")
+        try:
+            fcntl.flock(file.fd, fcntl.LOCK_EX)
+            last = os.pread(file.fd, 32, 0)
+            token = max(int(last) + 1 if last else 0, time.time_ns() // 1_000)
+            os.ftruncate(file.fd, 0)
+            os.write(file.fd, b"%d" % token)
+            return token
+        finally:
+            file.close()
+
+    def _attach(self, turn: _HostTurn) -> bool:
+        """Follows what this process follows already, if others can join that."""
+        with self._lock:
+            watch = self._watches.get(turn.name)
+            if watch is None or watch.turns is None or not watch.file.named():
+                return False
+            turn.file = watch.file
+            watch.turns.append(turn)
+            return True
+
+    def _follow(self, turn: _HostTurn, file: _File) -> None:
+        """Follows who has locked the file."""
+        os.write(file.fd, self._mark)
+        watch = _Watch(turn.name, file)
+        turn.file = file
+        watch.turns = [turn]
+        with self._lock:
+            self._watches[turn.name] = watch
+        try:
+            threading.Thread(
+                target=self._watch, args=(watch,), name="shardedflight-host-watch", daemon=True
+            ).start()
+        except RuntimeError as error:  # no more threads
+            self._unwatch(watch)
+            raise OSError(errno.EAGAIN, str(error)) from error
+
+    def _unwatch(self, watch: _Watch) -> list[_HostTurn]:
+        with self._lock:
+            turns, watch.turns = watch.turns, None
+            if self._watches.get(watch.name) is watch:
+                del self._watches[watch.name]
+        return turns or []
+
+    def _watch(self, watch: _Watch) -> None:
+        """Waits until the leader has ended. On a thread of its own."""
+        file = watch.file
+        try:
+            fcntl.flock(file.fd, fcntl.LOCK_SH)
+            turns = self._unwatch(watch)
+            sealed = _read_outcome(file.fd)
+            lost = sealed is None and os.fstat(file.fd).st_mode & 0o777 != _ENDED
+            if lost:
+                fcntl.flock(file.fd, fcntl.LOCK_UN)  # two that hold it both would never get it
+                fcntl.flock(file.fd, fcntl.LOCK_EX)
+                file.unname()
+        except OSError as error:
+            turns = self._unwatch(watch)
+            for turn in turns:
+                turn.fail(_unusable(error))
+            return
+        finally:
+            file.close()
+        for turn in turns:
+            if sealed is not None and sealed.token != turn.reject:
+                turn.settle(sealed)
+                continue
+            turn.rounds += 1
+            turn.lost = turn.lost or lost
+            if turn.rounds < _ROUNDS:
+                self._enter(turn)
+            else:
+                turn.fail(BackendError(f"{turn.rounds} leaders in other processes left no outcome"))
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def _finish_all(
+        self, ended: Sequence[tuple[Lead, bytes]], futures: "Sequence[Future[int]]"
+    ) -> None:
+        for (lead, payload), future in zip(ended, futures, strict=True):
+            assert isinstance(lead, _HostLead)
+            try:
+                followers = self._finish(lead, payload)
+            except OSError as error:
+                future.set_exception(_unusable(error))
+            else:
+                future.set_result(followers)
+
+    def _finish(self, lead: _HostLead, payload: bytes) -> int:
+        file = lead.file
+        if not file.ours():  # a forked child ends what its parent leads
+            return 0
+        try:
+            file.unname()
+            os.fchmod(file.fd, _ENDED)
+            marks = os.pread(file.fd, os.fstat(file.fd).st_size, 0)
+            if not marks:
+                return 0
+            record = b"".join((_OUTCOME, _HEAD.pack(lead.token, len(payload)), payload))
+            if os.write(file.fd, record) != len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return len({marks[i : i + _MARK_SIZE] for i in range(0, len(marks), _MARK_SIZE)})
+        finally:
+            file.close()
+
+    def _drop(self, file: _File) -> None:
+        """Ends a lead without an outcome."""
+        if file.ours():
+            with contextlib.suppress(OSError):
+                file.unname()
+            file.close()
+
+    def _sweep(self) -> None:
+        """Removes what leaders that were killed have left."""
+        for entry in _entries(self.directory):
+            if len(entry) != 40:
+                continue
+            with contextlib.suppress(OSError):
+                file = _File(f"{self.directory}/{entry}")
+                try:
+                    if file.try_lock():
+                        file.unname()
+                finally:
+                    file.close()
+
+
+def _entries(directory: str) -> Iterator[str]:
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        yield from [entry.name for entry in entries]
+
+
+def _read_outcome(fd: int) -> Sealed | None:
+    """The outcome in a file, if it is there and whole."""
+    data = os.pread(fd, os.fstat(fd).st_size, 0)
+    start = 0
+    while data.startswith(_MARK, start):
+        start += _MARK_SIZE
+    if not data.startswith(_OUTCOME, start) or len(data) < start + 1 + _HEAD.size:
+        return None
+    token, length = _HEAD.unpack_from(data, start + 1)
+    payload = data[start + 1 + _HEAD.size :][:length]
+    return Sealed(token, payload) if len(payload) == length else None
+
+
+def _unusable(error: OSError) -> BackendError:
+    failure = BackendError(f"the directory can not be used: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _checked(directory: "str | os.PathLike[str]") -> str:
+    """The directory's path, if it can be used."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise BackendError(f"directory must be a path, not {directory!r}")
+    path = Path(directory).absolute()
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise BackendError(f"{path} is not a directory")
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise BackendError(
+                f"{path} must belong to this user alone (uid {os.geteuid()}, mode 0700), and has "
+                f"uid {status.st_uid} and mode {status.st_mode & 0o7777:04o}: other users could "
+                "answer calls there"
+            )
+        probe = _File(f"{path}/token")
+        try:
+            fcntl.flock(probe.fd, fcntl.LOCK_SH)
+        finally:
+            probe.close()
+    except OSError as error:
+        raise BackendError(f"{path} can not be used: {error}") from error
+    return str(path)
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    _forking.release()
+
+
+def _after_fork_in_child() -> None:
+    global _forking  # noqa: PLW0603 - it may be held by a thread that is gone
+    _forking = RLock()
+    for fd in _held:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    _held.clear()
+    for backend in list(_backends):
+        backend._restart()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

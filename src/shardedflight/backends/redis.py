@@ -1,0 +1,980 @@
+"""`RedisBackend`: the processes of many machines meet at a Redis or Valkey server, or a Cluster.
+
+**A lease, addressed pushes, and outcomes that are fenced.** Who joins a name leads it for the time
+of a lease, which one thread of its process renews for all that the process leads; or is entered
+among those who follow, in the same step in which the server looks whether there is a leader. When
+the leader has ended, the server publishes the outcome to the inboxes of these, and only if the
+leader's token is still the one it knows. So a leader that was too late serves its own process only.
+The scripts are in `_scripts`.
+
+**Nobody depends on a message.** A follower that has heard nothing when the leader's lease must have
+run out joins again; it finds the outcome, a leader, or leads. So does it when its inbox was cut
+off and is there again. A leader that is lost in a living process is handed over at once.
+
+**Threads.** Commands are sent by whoever may block: a caller's thread sends its own, and whatever
+others have queued meanwhile, in one go, and reads the answers ("flat combining", Hendler et al.,
+SPAA 2010). For coroutines the *keeper* does that, a thread that also renews leases and watches the
+time. No coroutine is ever in the middle of a command, so none can leave an answer behind for the
+next one. A second thread for each server listens.
+
+**A server that is not to be had** is not asked again before the keeper has reached it; meanwhile
+every call is told so at once.
+"""
+
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from functools import partial
+from hashlib import sha1
+from typing import Any, cast
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.exceptions import (
+    ClusterDownError,
+    ClusterError,
+    MovedError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+
+from shardedflight._lock import SteadyLock
+from shardedflight._tier import Lead, Sealed, Turn
+from shardedflight.exceptions import BackendError
+
+from . import _scripts
+from ._protocol import Codec, Wire
+
+__all__ = ["RedisBackend"]
+
+_log = logging.getLogger("shardedflight")
+
+#: Requests that are sent in one go; and how many times a caller's thread does that for others.
+_BATCH, _HELP = 256, 8
+#: Bytes of an outcome that go with a message; a larger one is fetched by those who want it.
+_INLINE = 64 << 10
+#: Seconds between two attempts to reach a server.
+_PROBE = 0.5
+#: The bytes of a name.
+_NAME = 20
+
+_backends: "weakref.WeakSet[RedisBackend]" = weakref.WeakSet()
+
+
+class _Script:
+    """A script, as the beginning of a command that runs it."""
+
+    def __init__(self, source: str) -> None:
+        text = source.encode()
+        digest = sha1(text, usedforsecurity=False).hexdigest().encode()
+        self.by_source = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(text), text)
+        self.by_digest = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % digest
+
+
+_JOIN, _DONE, _GIVE = (_Script(s) for s in (_scripts.JOIN, _scripts.DONE, _scripts.GIVE))
+_BEAT, _FORGET = (_Script(s) for s in (_scripts.BEAT, _scripts.FORGET))
+
+
+class _Request(Future[Any]):
+    """One script to be run, and its answer. Fails with BackendError."""
+
+    def __init__(
+        self, script: _Script | None, shard: int, keys: Sequence[str], args: Sequence[Any]
+    ) -> None:
+        super().__init__()
+        self.script = script
+        self.shard = shard
+        self._keys = keys
+        self._args = args
+        #: Sent a second time: nobody knows whether it was done the first time.
+        self.repeated = False
+        self.moved = False
+
+    def packed(self, by_source: bool) -> bytes:
+        """The command as it is sent: several times faster than redis-py, which asks each type."""
+        if self.script is None:
+            return b"*1\r\n$4\r\nPING\r\n"
+        head = self.script.by_source if by_source else self.script.by_digest
+        count = 3 + len(self._keys) + len(self._args)
+        packed = [b"*%d\r\n" % count, head]
+        for part in (len(self._keys), *self._keys, *self._args):
+            content = part if type(part) is bytes else str(part).encode()
+            packed.append(b"$%d\r\n%b\r\n" % (len(content), content))
+        return b"".join(packed)
+
+    def answer(self, reply: Any) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.set_result(reply)
+
+    def fail(self, error: BaseException) -> None:
+        failure = BackendError(f"the server can not be used: {error}")
+        failure.__cause__ = error
+        with contextlib.suppress(InvalidStateError):
+            self.set_exception(failure)
+
+
+class _RedisLead(Lead):
+    __slots__ = ("inbox", "name")
+
+    def __init__(self, name: bytes, token: int, inherited: bool, inbox: str) -> None:
+        super().__init__(token, inherited)
+        self.name = name
+        #: Whose it is: not a forked child's of its process.
+        self.inbox = inbox
+
+
+class _RedisTurn(Turn):
+    """All fields but the first are written under the backend's lock, or before anybody has it."""
+
+    def __init__(self, backend: "RedisBackend", name: bytes, reject: int) -> None:
+        super().__init__(backend)
+        self.name = name
+        self.reject = reject
+        #: The number of its request: the server knows a repeated one by it.
+        self.number = backend.new_number()
+        #: The token of what it leads or follows; 0 while it is asked for.
+        self.token = 0
+        #: The token of what it has followed before.
+        self.followed = 0
+        self.forgotten = False
+
+    def joinable(self) -> bool:
+        return not self.forgotten
+
+
+class _Follow:
+    """The turns of this process for one name that wait for a message. Under the backend's lock."""
+
+    __slots__ = ("early", "turns")
+
+    def __init__(self) -> None:
+        self.turns: list[_RedisTurn] = []
+        #: Messages by token, which may have come before the answer that tells of their execution.
+        self.early: dict[int, tuple[bytes, bytes]] = {}
+
+
+class _Node:
+    """One server: a connection for requests and one that listens."""
+
+    def __init__(self, backend: "RedisBackend", pool: Any) -> None:
+        self._backend = backend
+        self._pool = pool
+        self.queue: deque[_Request] = deque()
+        #: Held by who sends. Not reentrant: a signal handler must not send in the middle.
+        self._sending = threading.Lock()
+        self._connection: Any = None
+        #: When it could not be reached; requests fail at once then.
+        self.broken: BaseException | None = None
+        self.listener: _Listener | None = None
+
+    def connect(self, **more: Any) -> Any:
+        """A new connection. With answers as RESP2 has them, and without attempts of its own."""
+        options = {
+            name: value
+            for name, value in self._pool.connection_kwargs.items()
+            if not name.startswith("maint_notifications")
+        }
+        options |= {
+            "protocol": 2,
+            "decode_responses": False,
+            "health_check_interval": 0,
+            "retry": Retry(NoBackoff(), 0),
+            "retry_on_error": [],
+            "retry_on_timeout": False,
+            "socket_timeout": self._backend.timeout,
+            "socket_connect_timeout": self._backend.timeout,
+            **more,
+        }
+        connection = self._pool.connection_class(**options)
+        connection.connect()
+        return connection
+
+    def help(self, rounds: float = float("inf")) -> None:
+        """Sends what is queued, on this thread, unless another thread is about it."""
+        while self.queue:
+            if rounds <= 0:
+                self._backend.wake()
+                return
+            rounds -= 1
+            if not self._sending.acquire(blocking=False):
+                return  # whoever sends looks into the queue once more
+            try:
+                batch: list[_Request] = []
+                with contextlib.suppress(IndexError):
+                    while len(batch) < _BATCH:
+                        batch.append(self.queue.popleft())
+                self._send(batch)
+            finally:
+                self._sending.release()
+
+    def _send(self, batch: list[_Request]) -> None:
+        if self.broken is not None:
+            for request in batch:
+                if request.script is not None:
+                    request.fail(self.broken)
+            batch = [request for request in batch if request.script is None]
+            if not batch:
+                return
+        try:
+            fresh = self._connection is None
+            try:
+                if fresh:
+                    self._connection = self.connect()
+                again = self._exchange(batch, by_source=False)
+            except (redis.ConnectionError, OSError):
+                if fresh:
+                    raise
+                # An idle connection may have been closed: that says nothing about the server.
+                self._disconnect()
+                batch = [request for request in batch if not request.done()]
+                for request in batch:
+                    request.repeated = True
+                self._connection = self.connect()
+                again = self._exchange(batch, by_source=False)
+            if again:
+                self._exchange(again, by_source=True)
+            self.broken = None
+        except BaseException as error:
+            self._disconnect()
+            if isinstance(error, (RedisError, OSError)):
+                self.broken = error
+                self._backend.wake()
+            for request in batch:
+                if not request.done():
+                    request.fail(error)
+            if not isinstance(error, (RedisError, OSError)):
+                raise
+
+    def _exchange(self, batch: list[_Request], by_source: bool) -> list[_Request]:
+        """Sends and reads. Returns those whose script the server does not have."""
+        connection = self._connection
+        commands = b"".join([request.packed(by_source) for request in batch])
+        connection.send_packed_command([commands], check_health=False)
+        missing: list[_Request] = []
+        for request in batch:
+            try:
+                reply = connection.read_response()
+            except NoScriptError:
+                missing.append(request)
+            except (MovedError, ClusterDownError) as error:
+                self._backend.moved(request, error)
+            except ResponseError as error:
+                if isinstance(error, ReadOnlyError):
+                    self._backend.wake_to(self._drop_connection)
+                request.fail(error)
+            else:
+                request.answer(reply)
+        return missing
+
+    def _drop_connection(self) -> None:
+        """The server has become a replica: its name may lead to another one by now."""
+        if self._sending.acquire(blocking=False):
+            try:
+                self._disconnect()
+            finally:
+                self._sending.release()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.disconnect()
+
+    def close(self) -> None:
+        if self.listener is not None:
+            self.listener.close()
+        with self._sending:
+            self._disconnect()
+
+
+class _Listener:
+    """A thread that reads the messages to this process from one server."""
+
+    def __init__(self, backend: "RedisBackend", node: _Node) -> None:
+        self._backend = backend
+        self._node = node
+        #: Held while something is written to the connection, or it is replaced, and for what
+        #: follows; tells of its changes.
+        self._changed = threading.Condition(SteadyLock())
+        self._connection: Any = None
+        self._closed = False
+        #: The inboxes, and whether the server knows them.
+        self._inboxes: dict[str, bool] = {}
+        self._failures = 0
+        threading.Thread(target=self._run, name="shardedflight-redis-inbox", daemon=True).start()
+
+    def subscribe(self, inbox: str) -> None:
+        """Returns when the server knows the inbox. Raises BackendError if it does not in time."""
+        if self._inboxes.get(inbox):
+            return
+        with self._changed:
+            if inbox not in self._inboxes:
+                self._inboxes[inbox] = False
+                if self._connection is not None:
+                    with contextlib.suppress(RedisError, OSError):  # the thread will see it
+                        self._connection.send_command("SSUBSCRIBE", inbox)
+            before = self._failures
+            self._changed.wait_for(
+                lambda: self._inboxes.get(inbox) or self._failures > before, self._backend.timeout
+            )
+            if not self._inboxes.get(inbox):
+                raise BackendError("the server can not be used: it does not take subscriptions")
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                self._connect()
+                self._listen()
+            except (RedisError, OSError):
+                pass
+            except Exception:
+                if not self._closed:  # or the connection was closed in the middle of anything
+                    raise
+            finally:
+                self._disconnect()
+            if not self._closed:
+                time.sleep(_PROBE / 10)
+
+    def _connect(self) -> None:
+        connection = self._node.connect(socket_timeout=max(1.0, self._backend.lease))
+        with self._changed:
+            self._connection = connection
+            for inbox in self._inboxes:
+                connection.send_command("SSUBSCRIBE", inbox)
+        if self._closed:
+            raise OSError("closed")
+
+    def _listen(self) -> None:
+        silent = False
+        while True:
+            try:
+                message = self._connection.read_response(disconnect_on_error=False)
+            except redis.TimeoutError:
+                if silent:  # not even to a PING did it say anything
+                    raise
+                silent = True
+                with self._changed:
+                    self._connection.send_command("PING")
+                continue
+            silent = False
+            match message:
+                case [b"smessage", _, bytes(content)]:
+                    self._backend.hear(content)
+                case [b"ssubscribe", bytes(inbox), _]:
+                    with self._changed:
+                        self._inboxes[inbox.decode()] = True
+                        self._changed.notify_all()
+                    self._backend.heard_again(inbox.decode())
+                case [b"sunsubscribe", bytes(inbox), _]:  # its slot has moved to another server
+                    with self._changed:
+                        self._inboxes.pop(inbox.decode(), None)
+                    self._backend.wake_to(self._backend.relocate)
+                case _:
+                    pass
+
+    def _disconnect(self) -> None:
+        with self._changed:
+            connection, self._connection = self._connection, None
+            self._inboxes = dict.fromkeys(self._inboxes, False)
+            self._failures += 1
+            self._changed.notify_all()
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.disconnect()
+
+    def close(self) -> None:
+        self._closed = True
+        self._disconnect()
+
+
+class RedisBackend(Wire):
+    """Lets processes on any machines share executions, by Redis 7 or Valkey 8 or later.
+
+    Args:
+        server: A URL as `redis.Redis.from_url` takes it, or a client of the user's own:
+            `redis.Redis` or `redis.cluster.RedisCluster`. Of a client its settings are used;
+            connections are made anew.
+        cluster: The URL leads to a Cluster.
+        namespace: Processes with one namespace meet, those with another never.
+        lease: Seconds after which a leader that is not heard of is replaced. All processes must
+            have the same.
+        hold: Seconds for which an outcome also serves calls that come after its execution: a
+            small cache. With 0, there is none.
+        timeout: Seconds after which a server that does not answer is given up, and functions run
+            for their own process.
+        codec: For values; by default `MessagePack()`.
+        limit: Bytes that an outcome may have on its way to other processes. With a larger one,
+            each process runs its own function.
+        shards: In how many slots of a Cluster the names lie; by default 64, or 1 without a
+            Cluster. All processes must have the same.
+
+    Raises:
+        BackendError: An argument is wrong. The server is not asked here.
+
+    May be used by any number of flights, threads and event loops. A forked child may go on using
+    it, with connections of its own. Flights with one name, or without, meet on one backend.
+    """
+
+    def __init__(
+        self,
+        server: "str | redis.Redis | RedisCluster",
+        *,
+        cluster: bool = False,
+        namespace: str = "shardedflight",
+        lease: float = 2.0,
+        hold: float = 0.0,
+        timeout: float = 1.0,
+        codec: Codec | None = None,
+        limit: int = 8 << 20,
+        shards: int | None = None,
+    ) -> None:
+        super().__init__(namespace, codec, limit)
+        if "{" in namespace or "}" in namespace:
+            raise BackendError(f"namespace must be without braces, not {namespace!r}")
+        _check_seconds("lease", lease, 0.1)
+        _check_seconds("hold", hold, 0.0)
+        _check_seconds("timeout", timeout, 0.01)
+        self._clustered = bool(cluster) or isinstance(server, RedisCluster)
+        if shards is None:
+            shards = 64 if self._clustered else 1
+        if type(shards) is not int or not 1 <= shards <= 16384:
+            raise BackendError(f"shards must be an int from 1 to 16384, not {shards!r}")
+        self.lease = float(lease)
+        self.timeout = float(timeout)
+        #: The user's, or made when it is first needed; and how.
+        self._client: Any = None
+        self._make_client: Any = None
+        if isinstance(server, str):
+            _check_url(server)
+            self._make_client = self._client_for(server)
+        elif isinstance(server, (redis.Redis, RedisCluster)):
+            self._client = server
+        else:
+            raise BackendError(
+                f"server must be a URL, a redis.Redis or a RedisCluster, not {server!r}"
+            )
+        self._hold = float(hold)
+        self._shards = shards
+        self._restart()
+        _backends.add(self)
+
+    def _restart(self) -> None:
+        self._lock = SteadyLock()
+        self._inbox = os.urandom(8).hex()
+        self._closed = False
+        #: Servers, by address; None if there is but one. Under the lock.
+        self._nodes: dict[Any, _Node] = {}
+        #: The servers of the shards, as long as they are where they were.
+        self._by_shard: dict[int, _Node] = {}
+        self._follows: dict[bytes, _Follow] = {}
+        #: What this process leads, by name and token, with the turn that has told so. One that is
+        #: dropped stays until the keeper gives it up.
+        self._leads: dict[tuple[bytes, int], tuple[weakref.ref[Lead], _RedisTurn]] = {}
+        #: When who follows joins again.
+        self._watchdogs: list[tuple[float, int, _RedisTurn]] = []
+        self._serial = itertools.count()
+        #: What the keeper is to do.
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._bell = threading.Event()
+        self._keeper: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.namespace}>"
+
+    def close(self) -> None:
+        """Closes its connections and ends its threads. Flights go on, each for its own process."""
+        with self._lock:
+            self._closed = True
+            nodes = list(self._nodes.values())
+        self._bell.set()
+        keeper = self._keeper
+        if keeper is not None and keeper is not threading.current_thread():
+            keeper.join()
+        for node in nodes:
+            node.close()
+        self._do_tasks()
+        with self._lock:
+            turns = [turn for follow in self._follows.values() for turn in follow.turns]
+            self._follows.clear()
+        for turn in turns:
+            turn.fail(BackendError("the backend was closed"))
+
+    # -- as a backend -----------------------------------------------------------------------------
+
+    def join(self, wanted: Sequence[tuple[bytes, int]], here: bool) -> Sequence[Turn]:
+        """See `Backend.join`."""
+        turns = [_RedisTurn(self, name, reject) for name, reject in wanted]
+        answered: Callable[[object], None] | None = None
+        if len(turns) > 1:
+            answered = self._await_all(turns)
+        if here:
+            self._join(turns, answered)
+            self._help(_HELP)
+        else:
+            self.wake_to(lambda: self._join(turns, answered))
+        return turns
+
+    def _await_all(self, turns: Sequence[_RedisTurn]) -> Callable[[object], None]:
+        """What is to be called once for each of `turns`, when its request has been answered."""
+        asked: Future[None] = Future()
+        left = itertools.count(1)
+
+        def answered(_: object) -> None:
+            if next(left) == len(turns):
+                asked.set_result(None)
+
+        for turn in turns:
+            turn.asked = asked
+        return answered
+
+    def finish(self, ended: Sequence[tuple[Lead, bytes]], here: bool) -> "Sequence[Future[int]]":
+        """See `Backend.finish`."""
+        requests: list[_Request] = []
+        for lead, payload in ended:
+            assert isinstance(lead, _RedisLead)
+            request = self._end(lead, payload)
+            requests.append(request)
+            if lead.inbox != self._inbox:
+                request.answer(0)
+            self._drop_lead(lead)
+        self._submit([request for request in requests if not request.done()])
+        if here:
+            self._help(_HELP)
+        else:
+            self.wake()
+        return requests
+
+    def give_up(self, lead: Lead) -> None:
+        """See `Backend.give_up`."""
+        assert isinstance(lead, _RedisLead)
+        if lead.inbox == self._inbox:
+            self._drop_lead(lead)
+            self._give(lead.name, lead.token)
+
+    def forget(self, name: bytes) -> "Future[None]":
+        """See `Backend.forget`. Other processes have it a moment later than this one."""
+        f, r, g = self._keys(name, "f", "r", "g")
+        request = _Request(_FORGET, self._shard(name), [f, r, f"{g}:"], [name])
+        self._submit([request])
+        self.wake()
+        return request
+
+    # -- joining ----------------------------------------------------------------------------------
+
+    def _join(self, turns: Sequence[_RedisTurn], answered: Callable[[object], None] | None) -> None:
+        """Queues the requests of `turns`, once their inboxes are known."""
+        requests: list[_Request] = []
+        for turn in turns:
+            # Who has its turn has been answered, too: it has failed, or a message came early.
+            turn_answered = _once(answered)
+            turn.add_done_callback(turn_answered)
+            try:
+                inbox = self._subscribed(self._shard(turn.name))
+            except BackendError as error:
+                turn.fail(error)
+                continue
+            with self._lock:
+                self._follows.setdefault(turn.name, _Follow()).turns.append(turn)
+            f, r, t = self._keys(turn.name, "f", "r", "t")
+            lease = round(self.lease * 1000)
+            args = (inbox, turn.number, lease, turn.followed, turn.reject)
+            request = _Request(_JOIN, self._shard(turn.name), (f, r, t), args)
+            request.add_done_callback(lambda done, turn=turn: self._joined(turn, done))  # type: ignore[misc]
+            request.add_done_callback(turn_answered)
+            requests.append(request)
+        self._submit(requests)
+
+    def _joined(self, turn: _RedisTurn, done: "Future[Any]") -> None:
+        """The server has answered."""
+        error = done.exception()
+        if error is not None:
+            self._dismiss(turn)
+            turn.fail(error if isinstance(error, BackendError) else BackendError(str(error)))
+            return
+        kind, token, *rest = done.result()
+        token = int(token)
+        if kind == 1:
+            self._follow(turn, token, rest[0] / 1000)
+            return
+        self._dismiss(turn)
+        if kind == 2:
+            turn.settle(Sealed(token, rest[0]))
+            return
+        lead = _RedisLead(turn.name, token, turn.followed > 0, self._inbox)
+        turn.token = token
+        with self._lock:
+            self._leads[turn.name, token] = (weakref.ref(lead), turn)
+        if self._keeper is None:  # which will renew the lease
+            self.wake()
+        if not turn.settle(lead):
+            self.give_up(lead)
+
+    def _follow(self, turn: _RedisTurn, token: int, lease: float) -> None:
+        """The turn follows: it waits for a message, or for the time when none will come."""
+        with self._lock:
+            follow = self._follows.get(turn.name)
+            if follow is None or turn not in follow.turns:  # closed meanwhile
+                return
+            turn.token = turn.followed = token
+            early = follow.early.get(token)
+            if early is None:
+                when = time.monotonic() + max(lease, 0.0) * 1.05 + 0.005
+                heapq.heappush(self._watchdogs, (when, next(self._serial), turn))
+                sooner = self._watchdogs[0][2] is turn
+            else:
+                self._remove(follow, turn)
+                sooner = False
+        if early is not None:
+            self._news(turn, *early)
+        elif sooner:
+            self.wake()
+
+    def _dismiss(self, turn: _RedisTurn) -> None:
+        with self._lock:
+            follow = self._follows.get(turn.name)
+            if follow is not None:
+                self._remove(follow, turn)
+
+    def _remove(self, follow: _Follow, turn: _RedisTurn) -> None:
+        """Under the lock."""
+        with contextlib.suppress(ValueError):
+            follow.turns.remove(turn)
+        if not any(other.token == 0 for other in follow.turns):
+            follow.early.clear()
+        if not follow.turns and self._follows.get(turn.name) is follow:
+            del self._follows[turn.name]
+
+    def _again(self, turn: _RedisTurn) -> None:
+        """A turn that has followed joins again."""
+        self._dismiss(turn)
+        if not turn.done():
+            turn.token = 0
+            turn.forgotten = False
+            turn.number = self.new_number()
+            self._join([turn], None)
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def hear(self, content: bytes) -> None:
+        """A message has come. On a listener's thread."""
+        kind, name = content[:1], content[1 : 1 + _NAME]
+        digits, _, payload = content[1 + _NAME :].partition(b":")
+        try:
+            token = int(digits)
+        except ValueError:  # not of ours
+            return
+        with self._lock:
+            if kind == b"f":
+                self._forgotten(name, token)
+                return
+            follow = self._follows.get(name)
+            if follow is None:
+                return
+            turns = [turn for turn in follow.turns if turn.token == token]
+            if any(turn.token == 0 for turn in follow.turns):
+                follow.early[token] = (kind, payload)
+            for turn in turns:
+                self._remove(follow, turn)
+        for turn in turns:
+            self._news(turn, kind, payload)
+
+    def _news(self, turn: _RedisTurn, kind: bytes, payload: bytes) -> None:
+        if kind == b"d" and turn.token != turn.reject:
+            turn.settle(Sealed(turn.token, payload))
+        else:  # a large outcome has to be fetched; a lost leader's followers join anew
+            self.wake_to(lambda: self._again(turn))
+
+    def _forgotten(self, name: bytes, token: int) -> None:
+        """Under the lock."""
+        follow = self._follows.get(name)
+        for turn in () if follow is None else follow.turns:
+            if turn.token in (token, 0):
+                turn.forgotten = True
+        lead = self._leads.get((name, token))
+        if lead is not None:
+            lead[1].forgotten = True
+
+    def heard_again(self, inbox: str) -> None:
+        """Messages to this inbox may have been missed: who waits for one joins again."""
+        shard = int(inbox[inbox.rindex(":", 0, inbox.index("}")) + 1 : inbox.index("}")])
+        with self._lock:
+            turns = [
+                turn
+                for name, follow in self._follows.items()
+                if self._shard(name) == shard
+                for turn in follow.turns
+                if turn.token
+            ]
+        for turn in turns:
+            self.wake_to(lambda turn=turn: self._again(turn))  # type: ignore[misc]
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def _end(self, lead: _RedisLead, payload: bytes) -> _Request:
+        f, g, r = self._keys(lead.name, "f", "g", "r")
+        hold, lease = round(self._hold * 1000), round(self.lease * 1000)
+        args = (lead.token, lead.name, payload, hold, 3 * lease, _INLINE)
+        shard = self._shard(lead.name)
+        return _Done(_DONE, shard, (f, f"{g}:{lead.token}", r), args)
+
+    def _give(self, name: bytes, token: int) -> None:
+        f, g = self._keys(name, "f", "g")
+        shard = self._shard(name)
+        self._submit([_Request(_GIVE, shard, (f, f"{g}:{token}"), (token, name))])
+        self.wake()
+
+    def _drop_lead(self, lead: _RedisLead) -> None:
+        with self._lock:
+            self._leads.pop((lead.name, lead.token), None)
+
+    def new_number(self) -> str:
+        """What no other request of any process is called."""
+        return f"{self._inbox}-{next(self._serial)}"
+
+    # -- servers ----------------------------------------------------------------------------------
+
+    def _shard(self, name: bytes) -> int:
+        return int.from_bytes(name[:4], "big") % self._shards
+
+    def _keys(self, name: bytes, *kinds: str) -> list[str]:
+        tag = f"{{{self.namespace}:{self._shard(name)}}}"
+        return [f"{tag}:t" if kind == "t" else f"{tag}:{kind}:{name.hex()}" for kind in kinds]
+
+    def _subscribed(self, shard: int) -> str:
+        """The inbox for a shard, once its server knows it."""
+        node = self._node(shard)
+        if node.broken is not None:
+            raise BackendError(f"the server can not be used: {node.broken}") from node.broken
+        listener = node.listener
+        if listener is None:
+            with self._lock:
+                if node.listener is None:
+                    node.listener = _Listener(self, node)
+                listener = node.listener
+        inbox = f"{{{self.namespace}:{shard}}}:i:{self._inbox}"
+        try:
+            listener.subscribe(inbox)
+        except BackendError as error:
+            node.broken = error
+            self.wake()
+            raise
+        return inbox
+
+    def _node(self, shard: int) -> _Node:
+        if self._closed:
+            raise BackendError("the backend was closed")
+        node = self._by_shard.get(shard)
+        if node is None:
+            with self._lock:
+                address, pool = self._locate(shard)
+                node = self._nodes.get(address)
+                if node is None:
+                    node = self._nodes[address] = _Node(self, pool)
+                self._by_shard[shard] = node
+        return node
+
+    def _locate(self, shard: int) -> tuple[Any, Any]:
+        """The address and the settings of a shard's server. Under the lock."""
+        try:
+            if self._client is None:
+                self._client = self._make_client()
+            if not self._clustered:
+                return None, self._client.connection_pool
+            node = self._client.get_node_from_key(f"{{{self.namespace}:{shard}}}")
+            return node.name, self._client.get_redis_connection(node).connection_pool
+        except (RedisError, OSError) as error:
+            raise BackendError(f"the server can not be used: {error}") from error
+
+    def _client_for(self, url: str) -> Callable[[], Any]:
+        if not self._clustered:
+            return partial(cast("Any", redis.Redis).from_url, url)
+        times = {"socket_timeout": self.timeout, "socket_connect_timeout": self.timeout}
+        return partial(cast("Any", RedisCluster).from_url, url, **times)
+
+    def moved(self, request: _Request, error: RedisError) -> None:
+        """A request has come to the wrong server, or to one that has lost its Cluster."""
+        if request.moved:
+            request.fail(error)
+            return
+        request.moved = True
+
+        def again() -> None:
+            self.relocate()
+            with contextlib.suppress(BackendError):
+                self._subscribed(request.shard)
+            self._submit([request])
+
+        self.wake_to(again)
+
+    def relocate(self) -> None:
+        """Asks the Cluster who has which slots, and subscribes there. By the keeper."""
+        if not self._clustered or self._client is None:
+            return
+        with contextlib.suppress(RedisError, OSError, ClusterError):
+            self._client.nodes_manager.initialize()
+        with self._lock:
+            self._by_shard.clear()
+            shards = {self._shard(name) for name in self._follows}
+        for shard in shards:
+            with contextlib.suppress(BackendError):
+                self._subscribed(shard)
+
+    def _submit(self, requests: Sequence[_Request]) -> None:
+        for request in requests:
+            try:
+                self._node(request.shard).queue.append(request)
+            except BackendError as error:
+                request.fail(error)
+
+    def _help(self, rounds: float = float("inf")) -> None:
+        for node in list(self._nodes.values()):
+            node.help(rounds)
+
+    # -- the keeper -------------------------------------------------------------------------------
+
+    def wake_to(self, task: Callable[[], None]) -> None:
+        """Has the keeper do something."""
+        self._tasks.append(task)
+        self.wake()
+        if self._closed:
+            self._do_tasks()
+
+    def wake(self) -> None:
+        """Has the keeper look what there is to do."""
+        if self._keeper is None:
+            self._start_keeper()
+        self._bell.set()
+
+    def _start_keeper(self) -> None:
+        with self._lock:
+            if self._keeper is not None or self._closed:
+                return
+            self._keeper = threading.Thread(
+                target=self._keep, name="shardedflight-redis-keeper", daemon=True
+            )
+            self._keeper.start()
+
+    def _keep(self) -> None:
+        next_beat = next_probe = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= next_beat:
+                next_beat = now + self.lease / 3
+                self._beat()
+            broken = [node for node in list(self._nodes.values()) if node.broken is not None]
+            if broken and now >= next_probe:
+                next_probe = now + _PROBE
+                self.relocate()
+                for node in broken:
+                    node.queue.append(_Request(None, 0, (), ()))
+            self._bark(now)
+            self._bell.clear()
+            self._do_tasks()
+            self._help()
+            if self._closed:
+                return
+            wake_at = [next_beat]
+            with self._lock:
+                if self._watchdogs:
+                    wake_at.append(self._watchdogs[0][0])
+            if broken:
+                wake_at.append(next_probe)
+            self._bell.wait(max(0.0, min(wake_at) - time.monotonic()))
+
+    def _do_tasks(self) -> None:
+        while self._tasks:
+            try:
+                task = self._tasks.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                task()
+            except Exception:  # noqa: BLE001 - it must go on: all leases depend on it
+                _log.exception("%r: a step of the keeper has failed", self)
+
+    def _bark(self, now: float) -> None:
+        """Has those join again who have heard nothing in time."""
+        while True:
+            with self._lock:
+                if not self._watchdogs or self._watchdogs[0][0] > now:
+                    return
+                turn = heapq.heappop(self._watchdogs)[2]
+                follow = self._follows.get(turn.name)
+                waits = follow is not None and turn in follow.turns and turn.token
+            if waits:
+                self._tasks.append(lambda turn=turn: self._again(turn))  # type: ignore[misc]
+
+    def _beat(self) -> None:
+        """Renews the leases of all that this process leads, and gives up what was dropped."""
+        by_shard: dict[int, list[tuple[bytes, int]]] = {}
+        with self._lock:
+            for (name, token), (lead, _) in list(self._leads.items()):
+                if lead() is None:
+                    del self._leads[name, token]
+                    self._tasks.append(lambda name=name, token=token: self._give(name, token))  # type: ignore[misc]
+                else:
+                    by_shard.setdefault(self._shard(name), []).append((name, token))
+        requests: list[_Request] = []
+        for shard, leads in by_shard.items():
+            for start in range(0, len(leads), _BATCH):
+                some = leads[start : start + _BATCH]
+                keys: list[str] = []
+                for name, token in some:
+                    f, g = self._keys(name, "f", "g")
+                    keys += (f, f"{g}:{token}")
+                args = (round(self.lease * 1000), *(token for _, token in some))
+                requests.append(_Request(_BEAT, shard, keys, args))
+        self._submit(requests)
+
+
+class _Done(_Request):
+    """The end of a lead. Asked twice, the second answer would be that it is not led any more."""
+
+    def answer(self, reply: Any) -> None:
+        super().answer(0 if self.repeated and reply == -1 else reply)
+
+
+def _once(callback: Callable[[object], None] | None) -> Callable[[object], None]:
+    """Calls back for the first of several."""
+    first = [True]
+
+    def call(argument: object) -> None:
+        with contextlib.suppress(IndexError):
+            first.pop()
+            if callback is not None:
+                callback(argument)
+
+    return call
+
+
+def _check_url(url: str) -> None:
+    try:
+        cast("Any", redis.ConnectionPool).from_url(url)  # it connects to nothing yet
+    except ValueError as error:
+        raise BackendError(f"server must be a URL of Redis: {error}") from error
+
+
+def _check_seconds(name: str, value: object, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise BackendError(f"{name} must be a number of seconds, at least {least}, not {value!r}")
+
+
+def _after_fork_in_child() -> None:
+    for backend in list(_backends):
+        backend._restart()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

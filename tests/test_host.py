@@ -1,0 +1,506 @@
+"""What is the host tier's own: locks, files, the directory, fork. See test_tiers for the rest."""
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import PATIENCE, eventually, spawn
+from test_processes import in_child, need_fork
+from test_tiers import marks
+from tier_support import Worker
+
+from shardedflight import BackendError, FlightErrorGroup, ShardedFlight, coalesce
+from shardedflight.backends import fencing_token
+
+if os.name == "nt":
+    pytest.skip("the host tier is for POSIX", allow_module_level=True)
+
+from shardedflight.backends.host import HostBackend
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "flights"
+
+
+@pytest.fixture
+def start(directory: Path) -> Iterator[Callable[[int], list[Worker]]]:
+    started: list[Worker] = []
+
+    def start(count: int) -> list[Worker]:
+        options = {"directory": str(directory)}
+        started.extend(Worker("host", "HostBackend", options) for _ in range(count))
+        return [worker.ready() for worker in started[-count:]]
+
+    yield start
+    for worker in started:
+        worker.stop()
+
+
+def files(directory: Path) -> list[Path]:
+    return list(directory.glob("?" * 40))
+
+
+def test_a_killed_leader_is_replaced_within_50_ms(directory: Path, start: Any) -> None:
+    """The best of some: the machine may be busy, and a backend that polls never is so fast."""
+    took: list[float] = []
+    while not took or (min(took) > 0.05 and len(took) < 20):
+        first, second = start(2)
+        leader = first.call("do", "k")
+        leader.runs()
+        follower = second.call("do", "k")
+        eventually(lambda: marks(directory) == 1)
+        before = time.perf_counter()
+        first.signal(signal.SIGKILL)
+        follower.runs()
+        took.append(time.perf_counter() - before)
+        follower.let_return(1)
+        follower.ends()
+    assert min(took) <= 0.05
+
+
+def test_a_stopped_leader_is_waited_for(directory: Path, start: Any) -> None:
+    first, second = start(2)
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: marks(directory) == 1)
+    first.signal(signal.SIGSTOP)
+    leader.let_return(1)
+    other = second.call("do", "other")
+    other.runs()  # nothing else is held up
+    assert follower.events.empty()
+    first.signal(signal.SIGCONT)
+    assert follower.ends()["value"] == 1
+
+
+def test_nothing_is_left_in_the_directory(directory: Path, start: Any) -> None:
+    first, second = start(2)
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: marks(directory) == 1)
+    leader.let_return("x" * 100_000)
+    assert follower.ends()["value"] == "x" * 100_000
+    assert files(directory) == []
+    killed = first.call("do", "l")
+    killed.runs()
+    first.kill()
+    assert len(files(directory)) == 1
+    HostBackend(directory)
+    assert files(directory) == []
+
+
+def test_what_a_killed_leader_left_does_not_count(directory: Path, start: Any) -> None:
+    first, second, third = start(3)
+    first.call("do", "k").runs()
+    second.call("do", "k")
+    eventually(lambda: marks(directory) == 1)
+    second.kill()
+    first.kill()
+    call = third.call("do", "k")
+    call.runs()
+    call.let_return(1)
+    assert (call.ends()["shared"], third.stats()["takeovers"]) == (False, 0)
+
+
+# -- the directory --------------------------------------------------------------------------------
+
+
+def test_the_directory_is_made_private(directory: Path) -> None:
+    HostBackend(directory)
+    assert directory.stat().st_mode & 0o7777 == 0o700
+
+
+def test_a_directory_that_others_can_enter_is_refused(directory: Path) -> None:
+    directory.mkdir()
+    directory.chmod(0o755)
+    with pytest.raises(BackendError, match="0700"):
+        HostBackend(directory)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_somebody_else_is_refused(directory: Path) -> None:
+    directory.mkdir(mode=0o700)
+    os.chown(directory, 12345, 12345)
+    with pytest.raises(BackendError, match="12345"):
+        HostBackend(directory)
+
+
+def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (tmp_path / "file", tmp_path / "link", tmp_path / "none" / "none"):
+        with pytest.raises(BackendError):
+            HostBackend(path)
+    with pytest.raises(BackendError, match="directory"):
+        HostBackend(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from shardedflight import BackendError
+from shardedflight.backends import MessagePack
+from shardedflight.backends.host import HostBackend
+path, codec = Path(sys.argv[1]), MessagePack()  # before nothing can be imported any more
+os.chown(path, 65534, 65534); path.chmod(0o500)
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+os.chdir(path)
+try:
+    HostBackend(path, codec=codec)
+except BackendError as error:
+    print("refused", error.__cause__)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_read_only_directory_is_refused() -> None:
+    directory = tempfile.mkdtemp()  # pytest's are root's alone
+    said = subprocess.run(
+        [sys.executable, "-c", _AS_NOBODY, str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    Path(directory).rmdir()
+    assert said.stdout.startswith("refused [Errno 13]"), said.stderr
+
+
+def test_a_directory_that_goes_away_leaves_the_process_tier(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory))
+    for entry in directory.iterdir():
+        entry.unlink()
+    directory.rmdir()
+    with caplog.at_level(logging.WARNING, "shardedflight"):
+        for number in range(3):
+            assert flight.do(lambda: number, "k") == (number, False)  # noqa: B023
+    assert flight.stats().fallbacks == 3
+    assert len(caplog.records) == 1
+    directory.mkdir(mode=0o700)
+    assert flight.do(lambda: 4, "k") == (4, False)
+    assert flight.stats().remote_leads == 1
+
+
+def test_an_outcome_that_the_disk_does_not_take_is_a_lost_one(directory: Path, start: Any) -> None:
+    """A limit on the size of files is the full disk that a test can have."""
+    (follower_process,) = start(1)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    running, go = threading.Event(), threading.Event()
+
+    def run() -> str:
+        running.set()
+        assert go.wait(PATIENCE)
+        return "x" * 10_000
+
+    leader = spawn(flight.do, run, "k")
+    assert running.wait(PATIENCE)
+    follower = follower_process.call("do", "k")
+    eventually(lambda: marks(directory) == 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        go.set()
+        assert leader.result(PATIENCE) == ("x" * 10_000, False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert flight.stats().fallbacks == 1
+    follower.runs()
+    follower.let_return(1)
+    assert follower.ends()["value"] == 1
+
+
+def test_without_descriptors_the_process_tier_remains(directory: Path) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        assert flight.do(lambda: 1, "k") == (1, False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert flight.stats().fallbacks == 1
+
+
+def test_what_is_larger_than_the_limit_stays_in_its_process(directory: Path, start: Any) -> None:
+    (second,) = start(1)
+    flight = ShardedFlight(backend=HostBackend(directory, limit=100), name="workers")
+    running, go = threading.Event(), threading.Event()
+
+    def run() -> str:
+        running.set()
+        assert go.wait(PATIENCE)
+        return "x" * 200
+
+    leader = spawn(flight.do, run, "k")
+    assert running.wait(PATIENCE)
+    follower = second.call("do", "k")
+    eventually(lambda: marks(directory) == 1)
+    go.set()
+    assert leader.result(PATIENCE)[0] == "x" * 200
+    follower.runs()
+    follower.let_return("own")
+    assert follower.ends()["value"] == "own"
+    assert second.stats()["fallbacks"] == flight.stats().fallbacks == 1
+
+
+@pytest.mark.parametrize("payload", [b"", b"nonsense", b"SF\x01V" + b"x" * 30])
+def test_an_outcome_that_can_not_be_read_is_a_miss(
+    directory: Path, start: Any, payload: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (second,) = start(1)
+    backend = HostBackend(directory)
+    flight = ShardedFlight(backend=backend, name="workers")
+    monkeypatch.setattr(backend, "seal", lambda outcome: payload)
+    running, go = threading.Event(), threading.Event()
+
+    def run() -> str:
+        running.set()
+        assert go.wait(PATIENCE)
+        return "never"
+
+    leader = spawn(flight.do, run, "k")
+    assert running.wait(PATIENCE)
+    follower = second.call("do", "k")
+    eventually(lambda: marks(directory) == 1)
+    go.set()
+    leader.result(PATIENCE)
+    follower.runs()
+    follower.let_return("own")
+    assert follower.ends()["value"] == "own"
+    assert (second.stats()["misses"], second.stats()["remote_follows"]) == (1, 0)
+
+
+# -- values and keys ------------------------------------------------------------------------------
+
+
+def test_a_value_that_would_change_is_an_error_at_once(directory: Path) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory))
+    with pytest.raises(TypeError, match="tuple"):
+        flight.do(lambda: (1, 2), "k")
+
+    async def pair() -> Any:
+        return (1, 2)
+
+    with pytest.raises(TypeError, match="tuple"):
+        asyncio.run(flight.do_async(pair, "k"))
+    with pytest.raises(FlightErrorGroup, match="1 of 2 keys failed") as caught:
+        flight.do_many(lambda keys: {"k": (1, 2), "l": 3}, ["k", "l"])
+    assert caught.value.found == {"l": (3, False)}
+    assert flight.in_flight() == 0
+    assert files(directory) == []
+
+
+@pytest.mark.parametrize("how", ["do", "do_future", "do_many", "do_async"])
+def test_a_key_that_can_not_leave_is_an_error_before_anything_runs(
+    directory: Path, how: str
+) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory))
+    ran: list[Any] = []
+    with pytest.raises(TypeError, match="build_key="):
+        if how == "do_many":
+            flight.do_many(lambda keys: ran.append(keys) or {}, [object()])
+        elif how == "do_async":
+            asyncio.run(flight.do_async(lambda: asyncio.sleep(0, ran.append(1)), object()))
+        else:
+            getattr(flight, how)(lambda: ran.append(1), object())
+    assert not ran
+    assert flight.in_flight() == 0
+
+
+def test_what_is_refused_hands_over(directory: Path) -> None:
+    """A coroutine function given to `do`, a plain one to `do_async`: nothing stays in the way."""
+    flight = ShardedFlight(backend=HostBackend(directory))
+
+    async def coroutine() -> int:
+        return 1
+
+    with pytest.raises(TypeError, match="do_async"):
+        flight.do(lambda: coroutine(), "k")
+    with pytest.raises(TypeError, match="do_future"):
+        asyncio.run(flight.do_async(lambda: 1, "k"))  # type: ignore[arg-type, return-value]  # pyright: ignore[reportArgumentType]
+    assert files(directory) == []
+    assert flight.do(lambda: 1, "k") == (1, False)
+
+
+def test_the_token_is_there_while_the_function_runs(directory: Path) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory))
+
+    async def token() -> Any:
+        await asyncio.sleep(0)
+        return fencing_token()
+
+    tokens: list[Any] = [
+        flight.do(fencing_token, "k")[0],
+        asyncio.run(flight.do_async(token, "k"))[0],
+    ]
+    assert fencing_token() is None
+    assert 0 < tokens[0] < tokens[1]
+    assert ShardedFlight().do(fencing_token, "k") == (None, False)
+
+
+def test_a_loop_closed_under_its_leader_hands_over(directory: Path, start: Any) -> None:
+    (second,) = start(1)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+
+    async def forever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def lead_and_close() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(flight.do_async(forever, "k"))
+        while not marks(directory):
+            loop.run_until_complete(asyncio.sleep(0.001))
+        for pending in asyncio.all_tasks(loop):
+            pending._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        assert not task.done()
+        loop.close()
+
+    leader = spawn(lead_and_close)
+    eventually(lambda: len(files(directory)) == 1)
+    follower = second.call("do", "k")
+    leader.result(PATIENCE)
+
+    follower.runs()
+    follower.let_return(1)
+    assert follower.ends()["value"] == 1
+
+
+# -- coalesce -------------------------------------------------------------------------------------
+
+
+def doubled(number: int) -> int:
+    return 2 * number
+
+
+class Rows:
+    def get(self, number: int) -> int:
+        return number
+
+    def get_by_key(self, number: int) -> int:
+        return number
+
+
+def test_coalesced_functions_need_a_name_that_others_know(directory: Path) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory))
+    assert coalesce(flight=flight)(doubled)(2) == 4
+    assert flight.stats().remote_leads == 1
+    with pytest.raises(ValueError, match="by name"):
+        coalesce(flight=flight)(lambda: 1)
+
+    def inner() -> int:
+        return 1
+
+    with pytest.raises(ValueError, match="by name"):
+        coalesce(flight=flight)(inner)
+
+
+def test_coalesced_methods_need_a_key(directory: Path) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory))
+    get = coalesce(flight=flight)(Rows.get)
+    with pytest.raises(TypeError, match="key="):
+        get.__get__(Rows())(1)
+    get = coalesce(flight=flight, key=lambda self, number: number)(Rows.get_by_key)
+    assert get.__get__(Rows())(1) == 1
+
+
+# -- fork -----------------------------------------------------------------------------------------
+
+
+@need_fork
+def test_a_forked_child_does_not_hold_its_parents_locks(directory: Path, start: Any) -> None:
+    (follower_process,) = start(1)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    read, write = os.pipe()
+    lives, life = os.pipe()
+    pid = os.fork()
+    if pid == 0:  # it leads, forks a child that lives on, and is killed
+
+        def run() -> None:
+            child = os.fork()
+            os.close(life)
+            if child == 0:
+                os.read(lives, 1)  # until the test ends
+                os._exit(0)
+            os.write(write, b"%d" % child)
+            signal.pause()
+
+        try:
+            flight.do(run, "k")
+        finally:
+            os._exit(1)
+    grandchild = int(os.read(read, 20))
+    follower = follower_process.call("do", "k")
+    eventually(lambda: marks(directory) == 1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    follower.runs()
+    os.kill(grandchild, 0)  # it is alive all the while
+    follower.let_return(1)
+    assert follower.ends()["value"] == 1
+    for descriptor in (read, write, lives, life):
+        os.close(descriptor)
+
+
+@need_fork
+def test_a_forked_child_meets_its_parent(directory: Path) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    running, go = threading.Event(), threading.Event()
+
+    def run() -> str:
+        running.set()
+        assert go.wait(PATIENCE)
+        return "parent's"
+
+    leader = spawn(flight.do, run, "k")
+    assert running.wait(PATIENCE)
+
+    def body() -> None:
+        assert flight.stats().remote_leads == 0
+        assert flight.do(lambda: "child's", "l") == ("child's", False)
+        follower = spawn(flight.do, lambda: "child's", "k")
+        eventually(lambda: marks(directory) == 1)
+        os.kill(os.getppid(), signal.SIGUSR1)
+        assert follower.result(PATIENCE) == ("parent's", True)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: go.set())
+    try:
+        in_child(body)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert leader.result(PATIENCE) == ("parent's", True)
+
+
+@need_fork
+def test_a_fork_inside_a_leaders_function_ends_it_once(directory: Path) -> None:
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+
+    def run() -> str:
+        pid = os.fork()
+        if pid:
+            _, status = os.waitpid(pid, 0)
+            assert status == 0
+            assert len(files(directory)) == 1, "the child has ended what its parent leads"
+            return "parent's"
+        return "child's"
+
+    pid = os.getpid()
+    value = flight.do(run, "k")
+    if os.getpid() != pid:
+        os._exit(0 if value[0] == "child's" else 1)
+    assert value == ("parent's", False)
+    assert files(directory) == []

@@ -1,0 +1,559 @@
+"""What is the cluster tier's own, on a real Valkey: leases, messages, and a server that fails.
+
+The table of faults is that of issue 5. See test_tiers for what all tiers do alike.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis.asyncio as asyncio_redis
+from support import PATIENCE, eventually, spawn
+from test_processes import in_child, need_fork
+from tier_support import Worker
+from valkey_support import Valkey
+
+from shardedflight import BackendError, ShardedFlight
+from shardedflight.backends.redis import RedisBackend
+
+if os.name == "nt":
+    pytest.skip("there is no Valkey for Windows", allow_module_level=True)
+
+LEASE = 1.0
+
+
+@pytest.fixture
+def server() -> Iterator[Valkey]:
+    server = Valkey()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def start(server: Valkey) -> Iterator[Callable[..., list[Worker]]]:
+    started: list[Worker] = []
+
+    def start(count: int, **options: Any) -> list[Worker]:
+        options = {"server": server.url, "lease": LEASE, "timeout": 5.0, **options}
+        started.extend(Worker("redis", "RedisBackend", options) for _ in range(count))
+        return [worker.ready() for worker in started[-count:]]
+
+    yield start
+    for worker in started:
+        worker.stop()
+
+
+@pytest.fixture
+def backend(server: Valkey) -> Iterator[RedisBackend]:
+    backend = RedisBackend(server.url, lease=LEASE, timeout=1.0)
+    yield backend
+    backend.close()
+
+
+def followers(server: Valkey) -> int:
+    with server.client() as client:
+        names: Any = client.keys("*:f:*")
+        fields: Any = [client.hlen(name) for name in names]
+        return sum(max(0, number - 3) for number in fields)
+
+
+def keys(server: Valkey, pattern: str) -> list[bytes]:
+    found: Any = server.do("KEYS", pattern)
+    return found
+
+
+# -- leaders that are lost ------------------------------------------------------------------------
+
+
+def test_a_killed_leader_is_replaced_within_its_lease_and_a_tenth(
+    server: Valkey, start: Any
+) -> None:
+    """The best of some: the machine may be busy."""
+    took: list[float] = []
+    while not took or (min(took) > LEASE * 1.1 and len(took) < 5):
+        first, second = start(2)
+        leader = first.call("do", "k")
+        leader.runs()
+        follower = second.call("do", "k")
+        eventually(lambda: followers(server) == 1)
+        before = time.perf_counter()
+        first.kill()
+        follower.runs()
+        took.append(time.perf_counter() - before)
+        follower.let_return(1)
+        follower.ends()
+    assert min(took) <= LEASE * 1.1
+
+
+def test_a_stopped_leader_is_replaced_and_fenced(server: Valkey, start: Any) -> None:
+    first, second, third = start(3)
+    leader = first.call("do", "k")
+    old = leader.runs()["token"]
+    followers_ = [second.call("do", "k"), third.call("do", "k")]
+    eventually(lambda: followers(server) == 2)
+    first.signal(signal.SIGSTOP)
+    eventually(lambda: any(not call.events.empty() for call in followers_))
+    (heir,) = [call for call in followers_ if not call.events.empty()]
+    assert heir.runs()["token"] > old
+    leader.let_return("old")
+    first.signal(signal.SIGCONT)
+    assert leader.ends()["value"] == "old"  # in its own process
+    assert first.stats()["fenced"] == 1
+    eventually(lambda: followers(server) >= 1)
+    heir.let_return("new")
+    assert [call.ends()["value"] for call in followers_] == ["new", "new"]
+
+
+def test_a_function_of_more_than_three_leases_is_not_taken_over(server: Valkey, start: Any) -> None:
+    first, second = start(2, lease=0.3)
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do_async", "k")
+    eventually(lambda: followers(server) == 1)
+    time.sleep(3.5 * 0.3)  # the time itself is what is tested
+    assert follower.events.empty()
+    leader.let_return(1)
+    assert (leader.ends()["value"], follower.ends()["value"]) == (1, 1)
+    assert second.stats()["takeovers"] == 0
+
+
+# -- messages that are lost -----------------------------------------------------------------------
+
+
+def test_a_message_that_is_lost_is_made_up_for(server: Valkey, start: Any) -> None:
+    """The ACL of the default user forbids the inboxes' channels while the leader ends."""
+    first, second = start(2)
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: followers(server) == 1)
+    channels: Any = server.do("PUBSUB", "SHARDCHANNELS")
+    (inbox,) = [name for name in channels if name.endswith(_inbox_of(server))]
+    with server.client() as client:
+        # The follower's inbox is renamed where the leader's end will look for it.
+        (flight,) = keys(server, "*:f:*")
+        client.hdel(flight.decode(), inbox.decode())
+        client.hset(flight.decode(), inbox.decode() + "lost", "")
+        leader.let_return([1, 2])
+        assert leader.ends() == {
+            "id": leader.number,
+            "event": "done",
+            "value": [1, 2],
+            "shared": True,
+        }
+    assert follower.ends()["value"] == [1, 2]
+    assert (second.stats()["remote_follows"], second.stats()["remote_leads"]) == (1, 0)
+
+
+def _inbox_of(server: Valkey) -> bytes:
+    """The end of the only follower's inbox."""
+    (flight,) = keys(server, "*:f:*")
+    fields: Any = server.do("HKEYS", flight)
+    (inbox,) = [field for field in fields if len(field) > 1]
+    return bytes(inbox)[-16:]
+
+
+def test_a_cut_inbox_is_there_again_and_missed_nothing(server: Valkey, start: Any) -> None:
+    first, second = start(2, lease=30.0)  # no watchdog will help
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: followers(server) == 1)
+    with server.client() as client:
+        client.execute_command("CLIENT", "PAUSE", 300, "ALL")
+    leader.let_return("value")
+    server.do("CLIENT", "KILL", "TYPE", "pubsub")
+    assert leader.ends()["value"] == follower.ends()["value"] == "value"
+    again = second.call("do", "k")
+    again.runs()
+    server.do("CLIENT", "KILL", "TYPE", "pubsub")
+    third = first.call("do", "k")
+    eventually(lambda: followers(server) == 1)
+    again.let_return(2)
+    assert third.ends()["value"] == 2
+
+
+def test_a_large_outcome_is_fetched(server: Valkey, start: Any) -> None:
+    first, second = start(2, lease=30.0)
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: followers(server) == 1)
+    leader.let_return("x" * 200_000)
+    assert follower.ends()["value"] == "x" * 200_000
+    assert leader.ends()["shared"] is True
+
+
+# -- a server that is lost ------------------------------------------------------------------------
+
+
+def test_a_server_killed_and_restarted_empty(server: Valkey, start: Any) -> None:
+    workers = start(4)
+    calls = [worker.call("do", "k") for worker in workers]
+    eventually(lambda: any(not call.events.empty() for call in calls))
+    eventually(lambda: followers(server) == 3)
+    server.kill()
+    server.start()
+    ran: set[int] = set()
+    answered: dict[int, Any] = {}
+    deadline = time.monotonic() + PATIENCE
+    while len(answered) < 4 and time.monotonic() < deadline:
+        for number, call in enumerate(calls):
+            if not call.events.empty():
+                said = call.events.get()
+                if said["event"] == "running":
+                    assert number not in ran
+                    ran.add(number)
+                    threading.Timer(0.3, call.let_return, [number]).start()
+                else:
+                    answered[number] = said["value"]
+        time.sleep(0.001)
+    assert len(answered) == 4, (ran, answered)
+    assert all(value in ran for value in answered.values())
+
+
+def assert_falls_back_and_returns(
+    flight: ShardedFlight,
+    caplog: pytest.LogCaptureFixture,
+    heal: Callable[[], None],
+    within: float = 10.0,
+) -> None:
+    """Calls are answered while the server is of no use, and use it when it is healed."""
+    before = flight.stats()
+    with caplog.at_level(logging.WARNING, "shardedflight"):
+        start = time.monotonic()
+        for number in range(5):
+            assert flight.do(lambda n=number: n, "k") == (number, False)
+        assert asyncio.run(flight.do_async(lambda: asyncio.sleep(0, "async"), "k")) == (
+            "async",
+            False,
+        )
+        assert flight.do_many(lambda ks: dict.fromkeys(ks, 1), ["a", "b"]) == {
+            "a": (1, False),
+            "b": (1, False),
+        }
+        assert time.monotonic() - start < within
+    assert flight.stats().fallbacks >= before.fallbacks + 7
+    assert 1 <= len(caplog.records) <= 2
+    heal()
+
+    def back() -> bool:
+        leads = flight.stats().remote_leads
+        flight.do(lambda: None, "k")
+        return flight.stats().remote_leads > leads
+
+    eventually(back, "the use of the server")
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_server_that_can_not_be_reached(
+    server: Valkey, backend: RedisBackend, caplog: pytest.LogCaptureFixture, used_before: bool
+) -> None:
+    flight = ShardedFlight(backend=backend)
+    if used_before:
+        assert flight.do(lambda: 1, "k") == (1, False)
+        assert flight.stats().remote_leads == 1
+    server.kill()
+    assert_falls_back_and_returns(flight, caplog, server.start)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_server_that_does_not_answer(
+    server: Valkey, backend: RedisBackend, caplog: pytest.LogCaptureFixture, used_before: bool
+) -> None:
+    flight = ShardedFlight(backend=backend)
+    if used_before:
+        flight.do(lambda: 1, "k")
+    server.signal(signal.SIGSTOP)
+    start = time.monotonic()
+    assert flight.do(lambda: 1, "k") == (1, False)
+    assert time.monotonic() - start < 3 * backend.timeout
+    assert_falls_back_and_returns(flight, caplog, lambda: server.signal(signal.SIGCONT))
+
+
+def test_a_server_out_of_memory(
+    server: Valkey, backend: RedisBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    flight = ShardedFlight(backend=backend)
+    flight.do(lambda: 1, "k")
+    server.do("CONFIG", "SET", "maxmemory", "1")
+    assert_falls_back_and_returns(
+        flight, caplog, lambda: server.do("CONFIG", "SET", "maxmemory", "0")
+    )
+
+
+def test_a_read_only_replica(
+    server: Valkey, backend: RedisBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    flight = ShardedFlight(backend=backend)
+    flight.do(lambda: 1, "k")
+    server.do("REPLICAOF", "127.0.0.1", "1")
+    assert_falls_back_and_returns(flight, caplog, lambda: server.do("REPLICAOF", "NO", "ONE"))
+
+
+def test_a_wrong_password(
+    server: Valkey, backend: RedisBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.do("CONFIG", "SET", "requirepass", "secret")
+    flight = ShardedFlight(backend=backend)
+    assert_falls_back_and_returns(
+        flight,
+        caplog,
+        lambda: server.do("CONFIG", "SET", "requirepass", "", password="secret"),
+    )
+
+
+def test_a_user_who_may_not_subscribe(server: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    server.do("ACL", "SETUSER", "u", "on", ">p", "~*", "resetchannels", "+@all")
+    backend = RedisBackend(f"redis://u:p@127.0.0.1:{server.port}", lease=LEASE, timeout=1.0)
+    flight = ShardedFlight(backend=backend)
+    assert_falls_back_and_returns(
+        flight, caplog, lambda: server.do("ACL", "SETUSER", "u", "allchannels")
+    )
+    backend.close()
+
+
+def test_the_rights_that_the_documentation_names_suffice(server: Valkey) -> None:
+    rule = (
+        "resetkeys resetchannels -@all ~{shardedflight:* &{shardedflight:* "
+        "+evalsha +eval +ssubscribe +ping +hello +client|setinfo +select "
+        "+hget +hmget +hset +hkeys +del +get +set +pexpire +pttl +rename +time +spublish"
+    )
+    server.do("ACL", "SETUSER", "u", "on", ">p", *rule.split())
+    backend = RedisBackend(f"redis://u:p@127.0.0.1:{server.port}", lease=LEASE)
+    flight = ShardedFlight(backend=backend)
+    assert flight.do(lambda: 1, "k") == (1, False)
+    flight.forget("k")
+    assert (flight.stats().remote_leads, flight.stats().fallbacks) == (1, 0)
+    backend.close()
+
+
+def test_scripts_that_vanish_are_sent_again(server: Valkey, backend: RedisBackend) -> None:
+    flight = ShardedFlight(backend=backend)
+    for _ in range(2):
+        flight.do(lambda: 1, "k")
+        server.do("SCRIPT", "FLUSH", "SYNC")
+    assert (flight.stats().remote_leads, flight.stats().fallbacks) == (2, 0)
+
+
+def test_an_idle_connection_that_was_closed_is_made_anew(
+    server: Valkey, backend: RedisBackend
+) -> None:
+    flight = ShardedFlight(backend=backend)
+    flight.do(lambda: 1, "k")
+    server.do("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    flight.do(lambda: 1, "k")
+    assert (flight.stats().remote_leads, flight.stats().fallbacks) == (2, 0)
+
+
+def test_a_leader_whose_end_can_not_be_told_serves_its_process(
+    server: Valkey, backend: RedisBackend
+) -> None:
+    flight = ShardedFlight(backend=backend)
+
+    def run() -> str:
+        server.kill()
+        return "value"
+
+    assert flight.do(run, "k") == ("value", False)
+    assert flight.stats().fallbacks == 1
+
+
+@pytest.mark.parametrize("payload", [b"", b"nonsense", b"SF\x01V" + b"x" * 40])
+def test_an_outcome_that_can_not_be_read_is_a_miss(
+    server: Valkey, start: Any, payload: bytes
+) -> None:
+    first, second = start(2, hold=30.0)
+    leader = first.call("do", "k")
+    leader.runs()
+    leader.let_return("value")
+    leader.ends()
+    with server.client() as client:
+        (held,) = keys(server, "*:r:*")
+        client.hset(held.decode(), "p", payload)  # type: ignore[arg-type]
+    call = second.call("do", "k")
+    call.runs()
+    call.let_return("own")
+    assert call.ends()["value"] == "own"
+    assert (second.stats()["misses"], second.stats()["remote_leads"]) == (1, 1)
+
+
+def test_strange_messages_are_passed_over(server: Valkey, start: Any) -> None:
+    first, second = start(2)
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: followers(server) == 1)
+    channels: Any = server.do("PUBSUB", "SHARDCHANNELS")
+    for inbox, message in itertools.product(
+        channels, [b"", b"d", b"x" * 500, b"d" + b"n" * 20 + b"12:xx", b"\xff" * 30]
+    ):
+        server.do("SPUBLISH", inbox, message)
+    leader.let_return(1)
+    assert follower.ends()["value"] == 1
+    assert second.stats()["misses"] == 0
+
+
+# -- hold, and what is left -----------------------------------------------------------------------
+
+
+def test_without_hold_a_later_call_runs(server: Valkey, start: Any) -> None:
+    first, second = start(2)
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: followers(server) == 1)
+    leader.let_return(1)
+    follower.ends()
+    assert keys(server, "*:r:*")  # kept for those who miss the message
+    later = second.call("do", "k")
+    later.runs()
+    later.let_return(2)
+    assert later.ends()["value"] == 2
+    eventually(lambda: len(keys(server, "*")) == 1, "that only the token is left")
+
+
+def test_with_hold_a_later_call_is_served(server: Valkey, start: Any) -> None:
+    first, second = start(2, hold=30.0)
+    leader = first.call("do", "k")
+    leader.runs()
+    leader.let_return(1)
+    leader.ends()
+    later = second.call("do", "k")
+    assert later.ends()["value"] == 1
+    second.forget("k")
+    later = second.call("do", "k")
+    later.runs()
+    later.let_return(2)
+    assert later.ends()["value"] == 2
+
+
+def test_a_leader_takes_two_round_trips_and_a_follower_one(server: Valkey, start: Any) -> None:
+    first, second = start(2, lease=30.0)
+    for worker in (first, second):  # connections, subscriptions, scripts
+        call = worker.call("do", "warm")
+        call.runs()
+        call.let_return(1)
+        call.ends()
+
+    def scripts() -> int:
+        info: Any = server.client().info("commandstats")
+        return int(info["cmdstat_evalsha"]["calls"])
+
+    before = scripts()
+    leader = first.call("do", "k")
+    leader.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: followers(server) == 1)
+    assert scripts() == before + 2
+    leader.let_return(1)
+    follower.ends()
+    leader.ends()
+    assert scripts() == before + 3
+
+
+# -- construction ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server", "options"),
+    [
+        ("http://x", {}),
+        (None, {}),
+        (asyncio_redis.Redis(), {}),
+        ("redis://x", {"lease": 0}),
+        ("redis://x", {"lease": "1"}),
+        ("redis://x", {"hold": -1}),
+        ("redis://x", {"timeout": 0}),
+        ("redis://x", {"namespace": "a{b"}),
+        ("redis://x", {"namespace": ""}),
+        ("redis://x", {"shards": 0}),
+        ("redis://x", {"limit": -1}),
+        ("redis://x", {"codec": 1}),
+    ],
+)
+def test_bad_arguments_are_refused(server: Any, options: Any) -> None:
+    with pytest.raises(BackendError):
+        RedisBackend(server, **options)
+
+
+def test_a_backend_is_checked() -> None:
+    for wrong in (RedisBackend, object(), "redis://x"):
+        with pytest.raises(BackendError, match="backend"):
+            ShardedFlight(backend=wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_a_client_of_the_users_own(server: Valkey) -> None:
+    with server.client(decode_responses=True) as client:
+        backend = RedisBackend(client)
+        flight = ShardedFlight(backend=backend)
+        assert flight.do(lambda: 1, "k") == (1, False)
+        assert flight.stats().remote_leads == 1
+        backend.close()
+        assert client.ping()
+    assert flight.do(lambda: 2, "k") == (2, False)
+    assert asyncio.run(flight.do_async(lambda: asyncio.sleep(0, 3), "k")) == (3, False)
+    assert flight.stats().fallbacks == 2
+
+
+# -- fork -----------------------------------------------------------------------------------------
+
+
+@need_fork
+def test_a_forked_child_has_its_own_connections(server: Valkey, backend: RedisBackend) -> None:
+    flight = ShardedFlight(backend=backend)
+    running, go = threading.Event(), threading.Event()
+
+    def run() -> str:
+        running.set()
+        assert go.wait(PATIENCE)
+        return "parent's"
+
+    leader = spawn(flight.do, run, "k")
+    assert running.wait(PATIENCE)
+
+    def body() -> None:
+        assert flight.do(lambda: "child's", "l") == ("child's", False)
+        assert flight.stats().remote_leads == 1
+        follower = spawn(flight.do, lambda: "child's", "k")
+        eventually(lambda: followers(server) == 1)
+        os.kill(os.getppid(), signal.SIGUSR1)
+        assert follower.result(PATIENCE) == ("parent's", True)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: go.set())
+    try:
+        in_child(body)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert leader.result(PATIENCE) == ("parent's", True)
+    assert flight.do(lambda: 1, "m") == (1, False)
+
+
+@need_fork
+def test_a_fork_inside_a_leaders_function_ends_it_once(
+    server: Valkey, backend: RedisBackend
+) -> None:
+    flight = ShardedFlight(backend=backend)
+
+    def run() -> str:
+        pid = os.fork()
+        if pid:
+            _, status = os.waitpid(pid, 0)
+            assert status == 0
+            assert len(keys(server, "*:f:*")) == 1, "the child has ended what its parent leads"
+            return "parent's"
+        return "child's"
+
+    pid = os.getpid()
+    value = flight.do(run, "k")
+    if os.getpid() != pid:
+        os._exit(0 if value[0] == "child's" else 1)
+    assert value == ("parent's", False)
+    assert keys(server, "*:f:*") == []

@@ -1,0 +1,415 @@
+"""What all backends do alike: ../shared/tiers.md, over real processes."""
+
+import atexit
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import PATIENCE, eventually
+from tier_support import Worker
+from valkey_support import Valkey, ValkeyCluster
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the backends' tests are for POSIX")
+
+HOWS = ["do", "do_async", "do_future", "do_many", "do_many_async"]
+
+
+def marks(directory: Path) -> int:
+    """How many followers there are in a directory of the host tier."""
+    total = 0
+    for file in directory.glob("?" * 40):
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            total += file.stat().st_size // 8
+    return total
+
+
+class Host:
+    """The host tier, as the tests see it from outside."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.spec: tuple[str, str, dict[str, Any]] = (
+            "host",
+            "HostBackend",
+            {"directory": str(directory)},
+        )
+
+    def followers(self) -> int:
+        """How many processes follow, of all keys."""
+        return marks(self.directory)
+
+    def close(self) -> None:
+        pass
+
+
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path / "flights")
+
+
+class OneServer:
+    """The cluster tier on a single server."""
+
+    def __init__(self) -> None:
+        self.server = Valkey()
+        self.client = self.server.client()
+        options = {"server": self.server.url, "lease": 1.0, "timeout": 5.0}
+        self.spec: tuple[str, str, dict[str, Any]] = ("redis", "RedisBackend", options)
+
+    def followers(self) -> int:
+        """How many processes follow, of all keys."""
+        names: Any = self.client.keys("*:f:*")
+        fields: Any = [self.client.hlen(name) for name in names]
+        return sum(max(0, number - 3) for number in fields)
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.stop()
+
+
+class ClusterOfThree:
+    """The cluster tier on a Cluster, the same for all tests."""
+
+    _cluster: ValkeyCluster | None = None
+    _namespaces = itertools.count()
+
+    def __init__(self) -> None:
+        if ClusterOfThree._cluster is None:
+            ClusterOfThree._cluster = ValkeyCluster()
+            atexit.register(ClusterOfThree._cluster.stop)
+        self.namespace = f"test{next(self._namespaces)}"
+        options = {
+            "server": ClusterOfThree._cluster.url,
+            "cluster": True,
+            "namespace": self.namespace,
+            "lease": 1.0,
+            "timeout": 5.0,
+        }
+        self.spec: tuple[str, str, dict[str, Any]] = ("redis", "RedisBackend", options)
+
+    def followers(self) -> int:
+        """How many processes follow, of all keys."""
+        assert self._cluster is not None
+        found = self._cluster.keys(f"{{{self.namespace}:*:f:*")
+        fields: list[Any] = [server.do("HLEN", name) for server, name in found]
+        return sum(max(0, number - 3) for number in fields)
+
+    def close(self) -> None:
+        pass
+
+
+def cluster(_: Path) -> ClusterOfThree:
+    return ClusterOfThree()
+
+
+def one_server(_: Path) -> OneServer:
+    return OneServer()
+
+
+TIERS: dict[str, Callable[[Path], Any]] = {"host": host, "redis": one_server, "cluster": cluster}
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    tier = TIERS[request.param](tmp_path)
+    yield tier
+    tier.close()
+
+
+@pytest.fixture
+def start(tier: Any) -> Iterator[Callable[[int], list[Worker]]]:
+    started: list[Worker] = []
+
+    def start(count: int) -> list[Worker]:
+        new = [Worker(*tier.spec) for _ in range(count)]
+        started.extend(new)
+        return [worker.ready() for worker in new]
+
+    yield start
+    for worker in started:
+        worker.stop()
+
+
+def values(ended: dict[str, Any], key: Any = "k") -> tuple[Any, Any]:
+    """The value and whether it was shared, of a call for one key of whatever kind."""
+    assert "error" not in ended, ended
+    if ended["shared"] is None:
+        ((name, value, shared),) = ended["value"]
+        assert name == key
+        return value, shared
+    return ended["value"], ended["shared"]
+
+
+def answer(how: str, value: Any, key: Any = "k") -> Any:
+    """What a function of such a call is to return for that."""
+    return [[key, value]] if "many" in how else value
+
+
+@pytest.mark.parametrize(("leads", "follows"), [*zip(HOWS, HOWS[1:] + HOWS[:1], strict=True)])
+def test_one_execution_for_all_processes(tier: Any, start: Any, leads: str, follows: str) -> None:
+    first, second, third = start(3)
+    leader = first.call(leads, "k")
+    leader.runs()
+    followers = [second.call(follows, "k"), third.call(leads, "k")]
+    eventually(lambda: tier.followers() == 2)
+    leader.let_return(answer(leads, {"a": [1, 2.5, None, "x"]}))
+    ends = [call.ends() for call in (leader, *followers)]
+    assert [values(end) for end in ends] == [({"a": [1, 2.5, None, "x"]}, True)] * 3
+    assert first.stats()["remote_leads"] == 1
+    assert second.stats()["remote_follows"] == third.stats()["remote_follows"] == 1
+
+
+def test_a_decorated_function_is_one_in_all_processes(tier: Any, start: Any) -> None:
+    first, second = start(2)
+    leader = first.call("coalesce", "k", 1)
+    leader.runs()
+    follower = second.call("coalesce", "k", 1)
+    eventually(lambda: tier.followers() == 1)
+    other = second.call("coalesce", "k", 2)
+    other.runs()
+    for call in (other, leader):
+        call.let_return(call.number)
+    assert follower.ends()["value"] == leader.number
+    assert (leader.ends()["value"], other.ends()["value"]) == (leader.number, other.number)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_lone_call_is_not_shared_and_leaves_nothing(tier: Any, start: Any, how: str) -> None:
+    (worker,) = start(1)
+    for _ in range(2):
+        call = worker.call(how, "k")
+        call.runs()
+        call.let_return(answer(how, 1))
+        assert values(call.ends()) == (1, False)
+    stats = worker.stats()
+    assert (stats["remote_leads"], stats["in_flight"], stats["fallbacks"]) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_failure_is_everybodys(tier: Any, start: Any, how: str) -> None:
+    first, second = start(2)
+    leader = first.call(how, "k")
+    leader.runs()
+    follower = second.call(how, "k")
+    eventually(lambda: tier.followers() == 1)
+    leader.let_raise("no such row")
+    assert leader.ends()["error"] == "ValueError"
+    ended = follower.ends()
+    if "many" in how:
+        assert ended["failed"] == {"k": "ValueError: no such row"}
+    else:
+        assert (ended["error"], ended["message"]) == ("RemoteError", "ValueError: no such row")
+        assert "Traceback" in ended["notes"][0]
+        assert "tier_worker.py" in ended["notes"][0]
+    assert second.stats()["errors"] == 1
+
+
+def test_a_key_that_many_do_not_find_is_missing_everywhere(tier: Any, start: Any) -> None:
+    first, second, third = start(3)
+    leader = first.call("do_many", "k", "l")
+    leader.runs()
+    missing = second.call("do", "k")
+    also = third.call("do_many", "k", "l")
+    eventually(lambda: tier.followers() == 3)
+    leader.let_return([["l", 1]])
+    assert leader.ends()["value"] == [["l", 1, True]]
+    assert also.ends()["value"] == [["l", 1, True]]
+    assert missing.ends()["error"] == "KeyError"
+
+
+@pytest.mark.parametrize("how", ["do_many", "do_many_async"])
+def test_many_run_their_function_once_for_what_nobody_leads(
+    tier: Any, start: Any, how: str
+) -> None:
+    first, second = start(2)
+    one = first.call("do", "a")
+    one.runs()
+    many = second.call(how, "a", "b", "c")
+    assert sorted(many.runs()["keys"]) == ["b", "c"]
+    many.let_return([["b", 2], ["c", 3]])
+    one.let_return(1)
+    assert values(one.ends()) == (1, True)
+    assert sorted(many.ends()["value"]) == [["a", 1, True], ["b", 2, False], ["c", 3, False]]
+
+
+@pytest.mark.parametrize("how", ["do_many", "do_many_async"])
+def test_many_keep_what_they_found_when_another_process_fails(
+    tier: Any, start: Any, how: str
+) -> None:
+    first, second = start(2)
+    one = first.call("do", "a")
+    one.runs()
+    many = second.call(how, "a", "b")
+    many.runs()
+    many.let_return([["b", 2]])
+    eventually(lambda: tier.followers() == 1)
+    one.let_raise("broken")
+    ended = many.ends()
+    assert ended["failed"] == {"a": "ValueError: broken"}
+    assert ended["found"] == [["b", 2, False]]
+
+
+def test_many_for_each_others_keys_do_not_wait_for_each_other(tier: Any, start: Any) -> None:
+    first, second = start(2)
+    one, two = first.call("do_many", "a"), second.call("do_many", "b")
+    one.runs()
+    two.runs()
+    both = first.call("do_many", "b", "c"), second.call("do_many", "a", "d")
+    assert [call.runs()["keys"] for call in both] == [["c"], ["d"]]
+    both[0].let_return([["c", 3]])
+    both[1].let_return([["d", 4]])
+    eventually(lambda: tier.followers() == 2)
+    one.let_return([["a", 1]])
+    two.let_return([["b", 2]])
+    assert sorted(both[0].ends()["value"]) == [["b", 2, True], ["c", 3, False]]
+    assert sorted(both[1].ends()["value"]) == [["a", 1, True], ["d", 4, False]]
+
+
+def test_the_process_tier_comes_first(tier: Any, start: Any) -> None:
+    first, second = start(2)
+    leader = first.call("do", "k")
+    leader.runs()
+    calls = [second.call(how, "k") for how in HOWS for _ in range(3)]
+    eventually(lambda: second.stats()["waiting"] == len(calls) - 1)
+    eventually(lambda: tier.followers() >= 1)
+    assert tier.followers() == 1
+    leader.let_return(7)
+    assert [values(call.ends()) for call in calls] == [(7, True)] * len(calls)
+    assert second.stats()["remote_follows"] == 1
+
+
+def test_different_keys_do_not_meet(tier: Any, start: Any) -> None:
+    (first, second) = start(2)
+    calls = [
+        first.call("do", "ab", "c"),
+        second.call("do", "a", "bc"),
+        second.call("do", ["a", "bc"]),
+    ]
+    for number, call in enumerate(calls):
+        call.runs()
+        call.let_return(number)
+    assert [values(call.ends()) for call in calls] == [(0, False), (1, False), (2, False)]
+
+
+def test_tokens_grow_from_lead_to_lead(tier: Any, start: Any) -> None:
+    workers = start(2)
+    tokens: list[int] = []
+    for worker in itertools.islice(itertools.cycle(workers), 10):
+        call = worker.call("do", "k")
+        tokens.append(call.runs()["token"])
+        call.let_return(None)
+        call.ends()
+    assert all(a < b for a, b in itertools.pairwise(tokens)), tokens
+
+
+@pytest.mark.parametrize("how", ["do_async", "do_many_async"])
+def test_a_cancelled_leader_hands_over_at_once(tier: Any, start: Any, how: str) -> None:
+    first, second, third = start(3)
+    leader = first.call(how, "k")
+    leader.runs()
+    followers = [second.call("do", "k"), third.call("do_async", "k")]
+    eventually(lambda: tier.followers() == 2)
+    leader.order("cancel")
+    assert leader.ends()["error"] == "CancelledError"
+    heir = _who_runs(followers)
+    eventually(lambda: tier.followers() >= 1)
+    heir.let_return("second")
+    assert [values(call.ends()) for call in followers] == [("second", True)] * 2
+    assert second.stats()["takeovers"] + third.stats()["takeovers"] == 1
+
+
+def _who_runs(calls: list[Any]) -> Any:
+    eventually(lambda: any(not call.events.empty() for call in calls), "a new leader")
+    (heir,) = [call for call in calls if not call.events.empty()]
+    heir.runs()
+    return heir
+
+
+def test_a_killed_leader_is_replaced_once(tier: Any, start: Any) -> None:
+    first, *others = start(5)
+    leader = first.call("do", "k")
+    leader.runs()
+    followers = [worker.call("do", "k") for worker in others]
+    eventually(lambda: tier.followers() == 4)
+    first.kill()
+    heir = _who_runs(followers)
+    eventually(lambda: tier.followers() >= 3)
+    heir.let_return("new")
+    assert [values(call.ends()) for call in followers] == [("new", True)] * 4
+    assert sum(worker.stats()["takeovers"] for worker in others) == 1
+
+
+def test_a_killed_follower_is_nobodys_loss(tier: Any, start: Any) -> None:
+    first, second, third = start(3)
+    leader = first.call("do", "k")
+    leader.runs()
+    second.call("do", "k")
+    third_call = third.call("do", "k")
+    eventually(lambda: tier.followers() == 2)
+    second.kill()
+    leader.let_return(1)
+    assert values(leader.ends()) == values(third_call.ends()) == (1, True)
+
+
+def test_a_follower_leaves_after_its_timeout_alone(tier: Any, start: Any) -> None:
+    first, second = start(2)
+    leader = first.call("do", "k")
+    leader.runs()
+    impatient = second.call("do", "k", timeout=0.2)
+    eventually(lambda: tier.followers() == 1)
+    patient, third = second.call("do", "k"), start(1)[0].call("do", "k")
+    assert impatient.ends()["error"] == "FlightTimeout"
+    eventually(lambda: tier.followers() == 2)
+    leader.let_return(1)
+    assert values(leader.ends()) == values(third.ends()) == (1, True)
+    # It took over from the one that left, and whether that was in time, nobody can see.
+    if patient.events.get(timeout=PATIENCE)["event"] == "running":
+        patient.let_return(1)
+        patient.ends()
+    stats = second.stats()
+    assert (stats["timeouts"], stats["errors"], stats["in_flight"]) == (1, 0, 0)
+
+
+def test_a_cancelled_follower_leaves_alone(tier: Any, start: Any) -> None:
+    first, second, third = start(3)
+    leader = first.call("do", "k")
+    leader.runs()
+    follower, other = second.call("do_async", "k"), third.call("do_async", "k")
+    eventually(lambda: tier.followers() == 2)
+    follower.order("cancel")
+    assert follower.ends()["error"] == "CancelledError"
+    leader.let_return(1)
+    assert values(leader.ends()) == values(other.ends()) == (1, True)
+    assert second.stats()["in_flight"] == 0
+
+
+def test_forget_reaches_every_process(tier: Any, start: Any) -> None:
+    first, second, third = start(3)
+    old = first.call("do", "k")
+    old.runs()
+    served = second.call("do", "k")
+    eventually(lambda: tier.followers() == 1)
+    third.forget("k")
+    # Both the leader's process and the follower's have to notice, the one that has forgotten at
+    # once, the others when they hear of it.
+    new = [_leads_anew(first)]
+    new += [second.call("do", "k"), third.call("do", "k")]
+    eventually(lambda: tier.followers() == 2)
+    assert served.events.empty()
+    old.let_return("old")
+    assert values(old.ends()) == values(served.ends()) == ("old", True)
+    new[0].let_return("new")
+    assert [values(call.ends()) for call in new] == [("new", True)] * 3
+
+
+def _leads_anew(worker: Worker) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        call = worker.call("do", "k", timeout=0.05)
+        if call.events.get(timeout=PATIENCE)["event"] == "running":
+            return call
+    raise AssertionError("the old execution is still joined")
