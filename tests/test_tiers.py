@@ -406,6 +406,24 @@ def test_forget_reaches_every_process(tier: Any, start: Any) -> None:
     assert [values(call.ends()) for call in new] == [("new", True)] * 3
 
 
+def test_what_was_forgotten_serves_those_who_joined_however_long_it_runs(
+    tier: Any, start: Any
+) -> None:
+    """Section 6. On a server a follower asks anew whenever a lease is over: it shall find its own."""
+    first, second = start(2)
+    old = first.call("do", "k")
+    old.runs()
+    served = second.call("do", "k")
+    eventually(lambda: tier.followers() == 1)
+    second.forget("k")
+    new = _leads_anew(first)
+    time.sleep(1.5)  # more than a lease
+    old.let_return("old")
+    assert values(old.ends()) == values(served.ends()) == ("old", True)
+    new.let_return("new")
+    assert values(new.ends())[0] == "new"
+
+
 def _leads_anew(worker: Worker) -> Any:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:

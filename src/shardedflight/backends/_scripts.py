@@ -21,13 +21,21 @@ local function now()
 end
 """
 
-#: KEYS: f, r, t. ARGV: my inbox, the number of my request, the lease in milliseconds, the token
+#: KEYS: f, r, t, g without its token. ARGV: my inbox, the number of my request, the lease in milliseconds, the token
 #: that I followed or 0, the token of an outcome that I can not read or 0.
-#: Asked twice with one number, it answers the same. Returns {0, token}: you lead;
+#: Asked twice with one number, it answers the same. What was forgotten goes on to serve those who have
+#: followed it. Returns {0, token}: you lead;
 #: {1, token, milliseconds}: you follow, who has so much of its lease left; {2, token, outcome}.
 JOIN = (
     _NOW
     + """
+if ARGV[4] ~= '0' then
+  local forgotten = KEYS[4] .. ARGV[4]
+  if redis.call('EXISTS', forgotten) == 1 then
+    redis.call('HSET', forgotten, ARGV[1], '')
+    return {1, ARGV[4], redis.call('PTTL', forgotten)}
+  end
+end
 local held = redis.call('HMGET', KEYS[2], 't', 'u', 'p')
 if held[1] and held[1] ~= ARGV[5] then
   local followed = tonumber(ARGV[4])

@@ -148,10 +148,11 @@ class _RedisTurn(Turn):
         self.token = 0
         #: The token of what it has followed before.
         self.followed = 0
-        self.forgotten = False
+        #: The greatest token that is known to be forgotten, of those that this turn may be about.
+        self.forgotten = 0
 
     def joinable(self) -> bool:
-        return not self.forgotten
+        return self.forgotten == 0 or self.token > self.forgotten
 
 
 class _Follow:
@@ -587,10 +588,10 @@ class RedisBackend(Wire):
                 continue
             with self._lock:
                 self._follows.setdefault(turn.name, _Follow()).turns.append(turn)
-            f, r, t = self._keys(turn.name, "f", "r", "t")
+            f, r, t, g = self._keys(turn.name, "f", "r", "t", "g")
             lease = round(self.lease * 1000)
             args = (inbox, turn.number, lease, turn.followed, turn.reject)
-            request = _Request(_JOIN, self._shard(turn.name), (f, r, t), args)
+            request = _Request(_JOIN, self._shard(turn.name), (f, r, t, f"{g}:"), args)
             request.add_done_callback(lambda done, turn=turn: self._joined(turn, done))  # type: ignore[misc]
             request.add_done_callback(turn_answered)
             requests.append(request)
@@ -661,7 +662,6 @@ class RedisBackend(Wire):
         self._dismiss(turn)
         if not turn.done():
             turn.token = 0
-            turn.forgotten = False
             turn.number = self.new_number()
             self._join([turn], None)
 
@@ -701,10 +701,10 @@ class RedisBackend(Wire):
         follow = self._follows.get(name)
         for turn in () if follow is None else follow.turns:
             if turn.token in (token, 0):
-                turn.forgotten = True
+                turn.forgotten = max(turn.forgotten, token)
         lead = self._leads.get((name, token))
         if lead is not None:
-            lead[1].forgotten = True
+            lead[1].forgotten = token
 
     def heard_again(self, inbox: str) -> None:
         """Messages to this inbox may have been missed: who waits for one joins again."""
