@@ -932,8 +932,8 @@ def test_children_that_wait_long_are_looked_at_at_growing_intervals() -> None:
     eventually(lambda: flight.in_flight() == 1)
     delays, _ = spawn_loop(lambda: flight.do_async(function, "k")).result(PATIENCE)
     other.result(PATIENCE)
-    assert min(delays) >= 0.001
-    assert all(later >= 2 * sooner for sooner, later in itertools.pairwise(delays[:5]))
+    # A look that took long puts off the next one: never does one come sooner.
+    assert all(delay >= 0.001 * 2**n for n, delay in enumerate(delays[:5]))
 
 
 def test_no_timer_is_left_when_no_child_waits() -> None:

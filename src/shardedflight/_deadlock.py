@@ -29,6 +29,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
+from time import thread_time
 from typing import Any
 
 from ._core import (
@@ -148,7 +149,7 @@ class Watch:
         #: It comes as soon as it may. Otherwise it comes `_pause` seconds after the last one.
         self._soon = False
         self._pause = 0.0
-        #: How many seconds the last look took.
+        #: How many seconds of its thread's time the last look took.
         self._cost = 0.0
 
     def enter(
@@ -195,7 +196,7 @@ class Watch:
 
     def look(self, run: LoopRun) -> None:
         """Tells the children whose waits are in a cycle by now, by what they await."""
-        begun = run.loop.time()
+        begun = thread_time()  # what others take of the machine meanwhile is none of its cost
         self._handle = None
         self._soon = False
         with _lock:
@@ -216,7 +217,7 @@ class Watch:
                     shard.count_deadlock()
                     future.set_exception(error)
                     future.exception()  # its task may be cancelled first: nobody need complain
-        self._cost = run.loop.time() - begun
+        self._cost = thread_time() - begun
         self._call(run, max(self._pause, self._cost / _SHARE))
         self._pause = min(2 * self._pause, _LAST_PAUSE)
 
