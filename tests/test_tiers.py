@@ -409,7 +409,7 @@ def test_forget_reaches_every_process(tier: Any, start: Any) -> None:
 def test_what_was_forgotten_serves_those_who_joined_however_long_it_runs(
     tier: Any, start: Any
 ) -> None:
-    """Section 6. On a server a follower asks anew whenever a lease is over: it shall find its own."""
+    """Section 6. On a server a follower asks anew when a lease is over: it shall find its own."""
     first, second = start(2)
     old = first.call("do", "k")
     old.runs()

@@ -21,11 +21,11 @@ local function now()
 end
 """
 
-#: KEYS: f, r, t, g without its token. ARGV: my inbox, the number of my request, the lease in milliseconds, the token
-#: that I followed or 0, the token of an outcome that I can not read or 0.
-#: Asked twice with one number, it answers the same. What was forgotten goes on to serve those who have
-#: followed it. Returns {0, token}: you lead;
-#: {1, token, milliseconds}: you follow, who has so much of its lease left; {2, token, outcome}.
+#: KEYS: f, r, t, g without its token. ARGV: my inbox, the number of my request, the lease in
+#: milliseconds, the token that I followed or 0, the token of an outcome that I can not read or 0.
+#: Asked twice with one number, it answers the same. What was forgotten goes on to serve those who
+#: have followed it. Returns {0, token}: you lead; {1, token, milliseconds}: you follow, who has so
+#: much of its lease left; {2, token, outcome}.
 JOIN = (
     _NOW
     + """

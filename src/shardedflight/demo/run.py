@@ -100,6 +100,8 @@ async def _measure(
         ) as server:
             await server.while_it_runs(answering(address))
             display.end(f"{address} (process {server.pid})")
+            display.begin("Page")
+            display.end(f"{address}/debug/flights/")
             return await server.while_it_runs(measure(address, options, display))
 
 

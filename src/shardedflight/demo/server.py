@@ -1,7 +1,8 @@
 """The HTTP API, in a process of its own: `/direct/{item}` queries, `/flight/{item}` shares.
 
 Both routes run the same query on the same pool of threads; only what stands between the request
-and the query differs. `/control` tells what went on.
+and the query differs. `/control` tells what went on; `/debug/flights/` shows it, and `/metrics` has
+it for Prometheus.
 """
 
 import asyncio
@@ -19,13 +20,16 @@ from pathlib import Path
 from typing import Literal
 
 import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from shardedflight import ShardedFlight
 from shardedflight.demo.database import Database, Sales
+from shardedflight.observe.page import FlightsPage
+from shardedflight.observe.prometheus import FlightMetrics
 
 RouteName = Literal["direct", "flight"]
 ROUTES: tuple[RouteName, ...] = ("direct", "flight")
@@ -83,6 +87,7 @@ class Api:
 
     def __init__(self, settings: Settings) -> None:
         self.flight = ShardedFlight(settings.shards, name="demo")
+        self._registry = CollectorRegistry()
         self._database = Database(Path(settings.database))
         self._workers = ThreadPoolExecutor(WORKERS)
         self._meters = {route: Meter() for route in ROUTES}
@@ -93,6 +98,7 @@ class Api:
 
     def app(self) -> Starlette:
         """The ASGI application."""
+        FlightMetrics(self.flight, registry=self._registry)
         return Starlette(
             routes=[
                 Route("/direct/{item:int}", self.direct),
@@ -101,6 +107,8 @@ class Api:
                 Route("/control/stats", self.stats),
                 Route("/control/{route}/lap", self.lap, methods=["POST"]),
                 Route("/control/{route}/samples", self.samples),
+                Mount("/debug/flights", app=FlightsPage(self.flight)),
+                Route("/metrics", self.metrics),
             ],
             exception_handlers={Exception: self.failed},
             lifespan=self._lifespan,
@@ -148,6 +156,10 @@ class Api:
         # One number for each of possibly thousands of shards.
         del stats["per_shard"]
         return JSONResponse({"shards": self.flight.shards, **stats})
+
+    async def metrics(self, request: Request) -> Response:
+        """The same for Prometheus."""
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
     async def lap(self, request: Request) -> Response:
         """Ends a stretch of the measurement of one route."""
