@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import redis
 import redis.asyncio as asyncio_redis
 from support import PATIENCE, eventually, spawn
 from test_processes import in_child, need_fork
@@ -276,6 +277,49 @@ def test_a_server_that_does_not_answer(
     assert flight.do(lambda: 1, "k") == (1, False)
     assert time.monotonic() - start < 3 * backend.timeout
     assert_falls_back_and_returns(flight, caplog, lambda: server.signal(signal.SIGCONT))
+
+
+def test_callers_do_not_probe_a_server_that_does_not_answer(server: Valkey) -> None:
+    """To look whether it is back takes `timeout`: that is for the backend's own thread to do."""
+    keeper = "shardedflight-redis-keeper"
+    connecting: list[str] = []
+    holding, released = threading.Event(), threading.Event()
+
+    class Recorded(redis.Connection):
+        def connect(self) -> None:
+            connecting.append(threading.current_thread().name)
+            super().connect()
+
+    def hold() -> None:
+        holding.set()
+        released.wait(PATIENCE)
+        released.clear()
+
+    pool = redis.ConnectionPool.from_url(server.url, connection_class=Recorded)
+    backend = RedisBackend(redis.Redis(connection_pool=pool), timeout=0.2)
+    try:
+        flight = ShardedFlight(backend=backend)
+        flight.do(lambda: None, "k")
+        server.signal(signal.SIGSTOP)
+        flight.do(lambda: None, "k")
+        assert flight.stats().fallbacks == 1
+        connecting.clear()
+
+        def probed() -> bool:
+            # A call in each round of the keeper, between its decision to probe and its probe.
+            backend.wake_to(hold)
+            assert holding.wait(PATIENCE)
+            holding.clear()
+            flight.do(lambda: None, "k")
+            released.set()
+            return connecting.count(keeper) >= 2
+
+        eventually(probed, "the probes")
+        assert {name for name in connecting if not name.startswith("shardedflight-redis-")} == set()
+    finally:
+        released.set()
+        server.signal(signal.SIGCONT)
+        backend.close()
 
 
 def test_a_server_out_of_memory(

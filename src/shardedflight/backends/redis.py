@@ -205,6 +205,12 @@ class _Node:
     def help(self, rounds: float = float("inf")) -> None:
         """Sends what is queued, on this thread, unless another thread is about it."""
         while self.queue:
+            broken = self.broken
+            if broken is not None:  # at once, even while somebody probes
+                with contextlib.suppress(IndexError):
+                    while True:
+                        self.queue.popleft().fail(broken)
+                return
             if rounds <= 0:
                 self._backend.wake()
                 return
@@ -220,14 +226,16 @@ class _Node:
             finally:
                 self._sending.release()
 
-    def _send(self, batch: list[_Request]) -> None:
-        if self.broken is not None:
+    def probe(self) -> None:
+        """Looks whether the server can be reached again. By the keeper: it may take `timeout`."""
+        with self._sending:
+            self._send([_Request(None, 0, (), ())], probing=True)
+
+    def _send(self, batch: list[_Request], *, probing: bool = False) -> None:
+        if self.broken is not None and not probing:
             for request in batch:
-                if request.script is not None:
-                    request.fail(self.broken)
-            batch = [request for request in batch if request.script is None]
-            if not batch:
-                return
+                request.fail(self.broken)
+            return
         try:
             fresh = self._connection is None
             try:
@@ -874,17 +882,17 @@ class RedisBackend(Wire):
                 next_beat = now + self.lease / 3
                 self._beat()
             broken = [node for node in list(self._nodes.values()) if node.broken is not None]
-            if broken and now >= next_probe:
-                next_probe = now + _PROBE
-                self.relocate()
-                for node in broken:
-                    node.queue.append(_Request(None, 0, (), ()))
             self._bark(now)
             self._bell.clear()
             self._do_tasks()
             self._help()
             if self._closed:
                 return
+            if broken and now >= next_probe:
+                self.relocate()
+                for node in broken:
+                    node.probe()
+                next_probe = time.monotonic() + _PROBE
             wake_at = [next_beat]
             with self._lock:
                 if self._watchdogs:
