@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from html.parser import HTMLParser
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 pty = pytest.importorskip("pty", reason="the demo needs a POSIX system")
 
-EXTRA = ("aiohttp", "matplotlib", "rich", "starlette", "uvicorn")
+EXTRA = ("aiohttp", "matplotlib", "prometheus_client", "rich", "starlette", "uvicorn")
 MISSING = [name for name in EXTRA if importlib.util.find_spec(name) is None]
 needs_extra = pytest.mark.skipif(bool(MISSING), reason=f"not installed here: {', '.join(MISSING)}")
 
@@ -436,6 +437,37 @@ def test_a_signal_while_the_report_is_drawn(tmp_path: Path, environment: dict[st
     assert leftovers(tmp_path) in ([], ["report.html"])
     for report in tmp_path.glob("*.html"):
         assert report.read_text(encoding="utf-8").endswith("</html>\n")
+
+
+@needs_extra
+def test_the_page_the_metrics_and_the_middleware(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    def get(address: str) -> bytes:
+        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+            return answer.read()
+
+    options = ["--rows", "5000", "--duration", "60", "--clients", "20"]
+    with running(tmp_path, environment, *options) as demo:
+        match = re.match(
+            r"Flights: ((http://127\.0\.0\.1:\d+)/debug/flights/) ", demo.line("Flights: ")
+        )
+        assert match is not None
+        page, address = match.groups()
+        demo.line("Load on /direct")
+        assert b"<title>Flights</title>" in get(page)
+        assert get(f"{address}/middleware/1") == get(f"{address}/direct/1")
+        flights = {flight["name"]: flight for flight in json.loads(get(f"{page}data"))["flights"]}
+        assert {name: flight["leaders"] for name, flight in flights.items()} == {
+            "demo": 0,
+            "middleware": 1,
+        }
+        scraped = get(f"{address}/metrics").decode()
+        for name, calls in (("demo", 0), ("middleware", 1)):
+            sample = f'shardedflight_calls_total{{flight="{name}",role="leader"}} {calls}.0'
+            assert sample in scraped.splitlines()
+        demo.signal(signal.SIGINT)
+        demo.end()
 
 
 @needs_extra

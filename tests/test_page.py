@@ -189,6 +189,21 @@ def test_mounted_without_a_slash_it_leads_to_the_one_with_it() -> None:
             assert data.json()["flights"][0]["name"] == "f"
 
 
+def test_a_strange_address_can_not_add_to_the_answers_head() -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    path = "/debug/a\r\nset-cookie: b=c \u00e4"
+    asyncio.run(FlightsPage()({"type": "http", "method": "GET", "path": path}, receive, send))
+    headers = dict(sent[0]["headers"])
+    assert headers[b"location"] == b"a%0D%0Aset-cookie%3A%20b%3Dc%20%C3%A4/"
+
+
 def test_a_websocket_is_closed_and_a_lifespan_is_not_supported() -> None:
     page = FlightsPage()
     sent: list[Any] = []

@@ -901,9 +901,7 @@ class Core:
 
     def _look(self, parts: tuple[Any, ...]) -> tuple[Any, int, Shard, bool]:
         """The same, and whether anybody leads for a key with this hash."""
-        key = key_of(parts) if self._build_key is None else self._build_key(*parts)
-        h = hash_of(key)
-        shard = self._shard_of(key, h)
+        key, h, shard = self._place(parts)
         return key, h, shard, shard.taken(h)
 
     def _shard_of(self, key: Any, h: int) -> Shard:

@@ -361,7 +361,7 @@ class ShardedFlight(Core):
                 run = LoopRun(loop)
                 seat = self._seat(key, run) if self._wraps else (key, run)
                 if not shard.claim(h, seat):
-                    waiter = (future_makers.get(id(loop)) or self._watch(loop))()
+                    waiter = waiter or (future_makers.get(id(loop)) or self._watch(loop))()
                     record = shard.join(h, seat, waiter, loop)
             if record is not None:
                 assert waiter is not None

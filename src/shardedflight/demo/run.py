@@ -21,7 +21,7 @@ from shardedflight.demo.figures import Figures
 from shardedflight.demo.measure import measure
 from shardedflight.demo.process import allow_open_files, listen, serving
 from shardedflight.demo.progress import Display, display_on
-from shardedflight.demo.server import WORKERS
+from shardedflight.demo.server import PAGE, WORKERS
 
 #: Open files beside the connections: event loops, logs, the interpreter's own.
 _SPARE_FILES = 64
@@ -100,8 +100,8 @@ async def _measure(
         ) as server:
             await server.while_it_runs(answering(address))
             display.end(f"{address} (process {server.pid})")
-            display.begin("Page")
-            display.end(f"{address}/debug/flights/")
+            display.begin("Flights")
+            display.end(f"{address}{PAGE}/ while the demo runs")
             return await server.while_it_runs(measure(address, options, display))
 
 

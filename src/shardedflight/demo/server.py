@@ -1,8 +1,10 @@
 """The HTTP API, in a process of its own: `/direct/{item}` queries, `/flight/{item}` shares.
 
-Both routes run the same query on the same pool of threads; only what stands between the request
-and the query differs. `/control` tells what went on; `/debug/flights/` shows it, and `/metrics` has
-it for Prometheus.
+All routes run the same query on the same pool of threads; only what stands between the request
+and the query differs. `/control` tells what went on.
+
+`/middleware/{item}` is `/direct` behind the middleware, for whoever asks it while the demo runs:
+the load does not. `/metrics` and `/debug/flights/` show both flights.
 """
 
 import asyncio
@@ -15,19 +17,21 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from shardedflight import ShardedFlight
 from shardedflight.demo.database import Database, Sales
+from shardedflight.http.asgi import CoalesceMiddleware
 from shardedflight.observe.page import FlightsPage
 from shardedflight.observe.prometheus import FlightMetrics
 
@@ -36,6 +40,9 @@ ROUTES: tuple[RouteName, ...] = ("direct", "flight")
 
 #: Threads that query, for both routes; as many as Starlette has for routes that are no coroutines.
 WORKERS = 40
+
+#: Where the page that shows the flights is mounted.
+PAGE = "/debug/flights"
 
 #: Seconds between two samples of the executions in flight.
 SAMPLE_INTERVAL = 0.01
@@ -87,7 +94,10 @@ class Api:
 
     def __init__(self, settings: Settings) -> None:
         self.flight = ShardedFlight(settings.shards, name="demo")
+        self._middleware_flight = ShardedFlight(settings.shards, name="middleware")
         self._registry = CollectorRegistry()
+        FlightMetrics(self.flight, self._middleware_flight, registry=self._registry)
+        self._page = FlightsPage(self.flight, self._middleware_flight)
         self._database = Database(Path(settings.database))
         self._workers = ThreadPoolExecutor(WORKERS)
         self._meters = {route: Meter() for route in ROUTES}
@@ -98,17 +108,23 @@ class Api:
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        FlightMetrics(self.flight, registry=self._registry)
+        collapsing = Middleware(
+            CoalesceMiddleware,
+            routes=["/middleware/"],
+            shareable=["/middleware/"],
+            flight=self._middleware_flight,
+        )
         return Starlette(
             routes=[
                 Route("/direct/{item:int}", self.direct),
                 Route("/flight/{item:int}", self.shared),
+                Route("/middleware/{item:int}", self.collapsed, middleware=[collapsing]),
+                Route("/metrics", self.metrics),
+                Mount(PAGE, self._page),
                 Route("/control", self.control),
                 Route("/control/stats", self.stats),
                 Route("/control/{route}/lap", self.lap, methods=["POST"]),
                 Route("/control/{route}/samples", self.samples),
-                Mount("/debug/flights", app=FlightsPage(self.flight)),
-                Route("/metrics", self.metrics),
             ],
             exception_handlers={Exception: self.failed},
             lifespan=self._lifespan,
@@ -118,7 +134,7 @@ class Api:
         """Every request runs the query."""
         self._direct_in_flight += 1
         try:
-            sales = await self._query("direct", request.path_params["item"])
+            sales = await self._query(self._meters["direct"], request.path_params["item"])
         finally:
             self._direct_in_flight -= 1
         return JSONResponse(sales)
@@ -126,12 +142,21 @@ class Api:
     async def shared(self, request: Request) -> Response:
         """Requests for an item whose query is in flight share that query."""
         item = request.path_params["item"]
-        sales, _ = await self.flight.do_async(lambda: self._query("flight", item), "item", item)
+        meter = self._meters["flight"]
+        sales, _ = await self.flight.do_async(lambda: self._query(meter, item), "item", item)
         return JSONResponse(sales)
 
-    async def _query(self, route: RouteName, item: int) -> Sales:
+    async def collapsed(self, request: Request) -> Response:
+        """Every request that comes through the middleware runs the query."""
+        return JSONResponse(await self._query(nullcontext(), request.path_params["item"]))
+
+    async def metrics(self, request: Request) -> Response:
+        """What Prometheus scrapes."""
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _query(self, meter: AbstractContextManager[None], item: int) -> Sales:
         def work() -> Sales:
-            with self._meters[route]:
+            with meter:
                 return self._database.sales_of(item)
 
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
@@ -156,10 +181,6 @@ class Api:
         # One number for each of possibly thousands of shards.
         del stats["per_shard"]
         return JSONResponse({"shards": self.flight.shards, **stats})
-
-    async def metrics(self, request: Request) -> Response:
-        """The same for Prometheus."""
-        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
     async def lap(self, request: Request) -> Response:
         """Ends a stretch of the measurement of one route."""

@@ -31,29 +31,10 @@ from shardedflight.observe import (
     Started,
 )
 
+from ._buckets import BUCKETS
 from ._flights import Flights
 
 __all__ = ["BUCKETS", "FlightTelemetry"]
-
-#: The bounds that are suggested for the histograms' buckets, in seconds. A view of the meter
-#: provider's can set others.
-BUCKETS = (
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    60.0,
-)
 
 _FLIGHT = "shardedflight.flight"
 _ROLE = "shardedflight.role"
@@ -150,6 +131,7 @@ class FlightTelemetry:
             "shardedflight.execution.duration",
             "s",
             "How long the leaders' functions ran.",
+            # A view of the meter provider's can set others.
             explicit_bucket_boundaries_advisory=BUCKETS,
         )
         self._waits = meter.create_histogram(

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from time import monotonic
 from typing import Any
+from urllib.parse import quote
 
 from shardedflight import ShardedFlight
 from shardedflight.observe import Ended, Joined, Left, ObservedExecution, Observer, Started
@@ -150,8 +151,8 @@ class FlightsPage:
         if path.endswith("/"):
             return 200, "text/html; charset=utf-8", _PAGE.encode(), []
         # What the page asks for is relative to its own address.
-        last = path.rsplit("/", 1)[1] + "/"
-        return 307, text, b"", [(b"location", last.encode("ascii", "replace"))]
+        last = quote(path.rsplit("/", 1)[1]) + "/"
+        return 307, text, b"", [(b"location", last.encode())]
 
     def data(self) -> dict[str, Any]:
         """What the page shows, as it is sent: made of dicts, lists, strings and numbers."""

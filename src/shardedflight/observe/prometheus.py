@@ -20,32 +20,13 @@ from prometheus_client.registry import Collector
 from shardedflight import ShardedFlight
 from shardedflight.observe import Departure, End, Ended, Joined, Left, Observer, Started
 
+from ._buckets import BUCKETS
 from ._flights import Flights
 
 if TYPE_CHECKING:
     from shardedflight import Stats
 
 __all__ = ["BUCKETS", "FlightMetrics"]
-
-#: The upper bounds of the histograms' buckets, in seconds. What is worth sharing takes from a
-#: fraction of a millisecond to a minute.
-BUCKETS = (
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    60.0,
-)
 
 _CALLS = (
     "shardedflight_calls",
