@@ -458,7 +458,7 @@ def test_the_page_the_metrics_and_the_middleware(
         assert b"<title>Flights</title>" in get(page)
         assert get(f"{address}/middleware/1") == get(f"{address}/direct/1")
         flights = {flight["name"]: flight for flight in json.loads(get(f"{page}data"))["flights"]}
-        assert {name: flight["leaders"] for name, flight in flights.items()} == {
+        assert {name: flight["stats"]["executions"] for name, flight in flights.items()} == {
             "demo": 0,
             "middleware": 1,
         }

@@ -28,6 +28,8 @@ if os.name == "nt":
 
 from shardedflight.backends.host import HostBackend
 
+pytestmark = pytest.mark.tiers
+
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:

@@ -23,7 +23,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
 )
 from opentelemetry.trace import StatusCode
 
-from shardedflight.observe.opentelemetry import BUCKETS, FlightTelemetry
+from shardedflight.observe._buckets import BUCKETS
+from shardedflight.observe.opentelemetry import FlightTelemetry
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from shardedflight.backends.redis import RedisBackend
 if os.name == "nt":
     pytest.skip("there is no Valkey for Windows", allow_module_level=True)
 
+pytestmark = pytest.mark.tiers
+
 LEASE = 1.0
 
 

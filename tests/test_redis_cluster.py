@@ -13,6 +13,8 @@ from valkey_support import Valkey, ValkeyCluster
 if os.name == "nt":
     pytest.skip("there is no Valkey for Windows", allow_module_level=True)
 
+pytestmark = pytest.mark.tiers
+
 
 @pytest.fixture
 def cluster() -> Iterator[ValkeyCluster]:

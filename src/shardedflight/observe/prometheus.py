@@ -26,7 +26,7 @@ from ._flights import Flights
 if TYPE_CHECKING:
     from shardedflight import Stats
 
-__all__ = ["BUCKETS", "FlightMetrics"]
+__all__ = ["FlightMetrics"]
 
 _CALLS = (
     "shardedflight_calls",
