@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support import PATIENCE, eventually, spawn
-from test_processes import in_child, need_fork
+from test_processes import need_fork
 from test_tiers import marks
 from tier_support import Worker
 
@@ -456,53 +456,3 @@ def test_a_forked_child_does_not_hold_its_parents_locks(directory: Path, start: 
     assert follower.ends()["value"] == 1
     for descriptor in (read, write, lives, life):
         os.close(descriptor)
-
-
-@need_fork
-def test_a_forked_child_meets_its_parent(directory: Path) -> None:
-    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
-    running, go = threading.Event(), threading.Event()
-
-    def run() -> str:
-        running.set()
-        assert go.wait(PATIENCE)
-        return "parent's"
-
-    leader = spawn(flight.do, run, "k")
-    assert running.wait(PATIENCE)
-
-    def body() -> None:
-        assert flight.stats().remote_leads == 0
-        assert flight.do(lambda: "child's", "l") == ("child's", False)
-        follower = spawn(flight.do, lambda: "child's", "k")
-        eventually(lambda: marks(directory) == 1)
-        os.kill(os.getppid(), signal.SIGUSR1)
-        assert follower.result(PATIENCE) == ("parent's", True)
-
-    before = signal.signal(signal.SIGUSR1, lambda *_: go.set())
-    try:
-        in_child(body)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert leader.result(PATIENCE) == ("parent's", True)
-
-
-@need_fork
-def test_a_fork_inside_a_leaders_function_ends_it_once(directory: Path) -> None:
-    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
-
-    def run() -> str:
-        pid = os.fork()
-        if pid:
-            _, status = os.waitpid(pid, 0)
-            assert status == 0
-            assert len(files(directory)) == 1, "the child has ended what its parent leads"
-            return "parent's"
-        return "child's"
-
-    pid = os.getpid()
-    value = flight.do(run, "k")
-    if os.getpid() != pid:
-        os._exit(0 if value[0] == "child's" else 1)
-    assert value == ("parent's", False)
-    assert files(directory) == []

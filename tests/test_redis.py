@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio as asyncio_redis
-from support import PATIENCE, eventually, spawn
-from test_processes import in_child, need_fork
+from support import PATIENCE, eventually
 from tier_support import Worker
 from valkey_support import Valkey
 
@@ -547,59 +546,3 @@ def test_a_client_of_the_users_own(server: Valkey) -> None:
     assert flight.do(lambda: 2, "k") == (2, False)
     assert asyncio.run(flight.do_async(lambda: asyncio.sleep(0, 3), "k")) == (3, False)
     assert flight.stats().fallbacks == 2
-
-
-# -- fork -----------------------------------------------------------------------------------------
-
-
-@need_fork
-def test_a_forked_child_has_its_own_connections(server: Valkey, backend: RedisBackend) -> None:
-    flight = ShardedFlight(backend=backend)
-    running, go = threading.Event(), threading.Event()
-
-    def run() -> str:
-        running.set()
-        assert go.wait(PATIENCE)
-        return "parent's"
-
-    leader = spawn(flight.do, run, "k")
-    assert running.wait(PATIENCE)
-
-    def body() -> None:
-        assert flight.do(lambda: "child's", "l") == ("child's", False)
-        assert flight.stats().remote_leads == 1
-        follower = spawn(flight.do, lambda: "child's", "k")
-        eventually(lambda: followers(server) == 1)
-        os.kill(os.getppid(), signal.SIGUSR1)
-        assert follower.result(PATIENCE) == ("parent's", True)
-
-    before = signal.signal(signal.SIGUSR1, lambda *_: go.set())
-    try:
-        in_child(body)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert leader.result(PATIENCE) == ("parent's", True)
-    assert flight.do(lambda: 1, "m") == (1, False)
-
-
-@need_fork
-def test_a_fork_inside_a_leaders_function_ends_it_once(
-    server: Valkey, backend: RedisBackend
-) -> None:
-    flight = ShardedFlight(backend=backend)
-
-    def run() -> str:
-        pid = os.fork()
-        if pid:
-            _, status = os.waitpid(pid, 0)
-            assert status == 0
-            assert len(keys(server, "*:f:*")) == 1, "the child has ended what its parent leads"
-            return "parent's"
-        return "child's"
-
-    pid = os.getpid()
-    value = flight.do(run, "k")
-    if os.getpid() != pid:
-        os._exit(0 if value[0] == "child's" else 1)
-    assert value == ("parent's", False)
-    assert keys(server, "*:f:*") == []

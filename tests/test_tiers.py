@@ -2,17 +2,23 @@
 
 import atexit
 import contextlib
+import importlib
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PATIENCE, eventually
+from support import PATIENCE, eventually, spawn
+from test_processes import in_child, need_fork
 from tier_support import Worker
 from valkey_support import Valkey, ValkeyCluster
+
+from shardedflight import ShardedFlight
 
 pytestmark = [
     pytest.mark.tiers,
@@ -31,16 +37,32 @@ def marks(directory: Path) -> int:
     return total
 
 
-class Host:
+class Tier:
+    """A backend, as the tests see it from outside."""
+
+    #: The module and the class of the backend, and its arguments.
+    spec: tuple[str, str, dict[str, Any]]
+
+    def backend(self) -> Any:
+        """One in this process."""
+        module, name, options = self.spec
+        return getattr(importlib.import_module(f"shardedflight.backends.{module}"), name)(**options)
+
+
+class Host(Tier):
     """The host tier, as the tests see it from outside."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.spec: tuple[str, str, dict[str, Any]] = (
+        self.spec = (
             "host",
             "HostBackend",
             {"directory": str(directory)},
         )
+
+    def leads(self) -> int:
+        """How many executions run, of all keys."""
+        return len(list(self.directory.glob("?" * 40)))
 
     def followers(self) -> int:
         """How many processes follow, of all keys."""
@@ -54,14 +76,19 @@ def host(tmp_path: Path) -> Host:
     return Host(tmp_path / "flights")
 
 
-class OneServer:
+class OneServer(Tier):
     """The cluster tier on a single server."""
 
     def __init__(self) -> None:
         self.server = Valkey()
         self.client = self.server.client()
         options = {"server": self.server.url, "lease": 1.0, "timeout": 5.0}
-        self.spec: tuple[str, str, dict[str, Any]] = ("redis", "RedisBackend", options)
+        self.spec = ("redis", "RedisBackend", options)
+
+    def leads(self) -> int:
+        """How many executions run, of all keys."""
+        names: Any = self.client.keys("*:f:*")
+        return len(names)
 
     def followers(self) -> int:
         """How many processes follow, of all keys."""
@@ -74,7 +101,7 @@ class OneServer:
         self.server.stop()
 
 
-class ClusterOfThree:
+class ClusterOfThree(Tier):
     """The cluster tier on a Cluster, the same for all tests."""
 
     _cluster: ValkeyCluster | None = None
@@ -92,7 +119,12 @@ class ClusterOfThree:
             "lease": 1.0,
             "timeout": 5.0,
         }
-        self.spec: tuple[str, str, dict[str, Any]] = ("redis", "RedisBackend", options)
+        self.spec = ("redis", "RedisBackend", options)
+
+    def leads(self) -> int:
+        """How many executions run, of all keys."""
+        assert self._cluster is not None
+        return len(self._cluster.keys(f"{{{self.namespace}:*:f:*"))
 
     def followers(self) -> int:
         """How many processes follow, of all keys."""
@@ -434,3 +466,60 @@ def _leads_anew(worker: Worker) -> Any:
         if call.events.get(timeout=PATIENCE)["event"] == "running":
             return call
     raise AssertionError("the old execution is still joined")
+
+
+# -- fork -----------------------------------------------------------------------------------------
+
+
+@need_fork
+def test_a_forked_child_meets_its_parent(tier: Any) -> None:
+    with closing(tier.backend()) as backend:
+        flight = ShardedFlight(backend=backend)
+        running, go = threading.Event(), threading.Event()
+
+        def run() -> str:
+            running.set()
+            assert go.wait(PATIENCE)
+            return "parent's"
+
+        leader = spawn(flight.do, run, "k")
+        assert running.wait(PATIENCE)
+
+        def body() -> None:
+            assert flight.stats().remote_leads == 0
+            assert flight.do(lambda: "child's", "l") == ("child's", False)
+            assert flight.stats().remote_leads == 1
+            follower = spawn(flight.do, lambda: "child's", "k")
+            assert follower.result(PATIENCE) == ("parent's", True)
+
+        def let_go() -> None:
+            eventually(lambda: tier.followers() == 1)
+            go.set()
+
+        watcher = spawn(let_go)
+        in_child(body)
+        watcher.result(PATIENCE)
+        assert leader.result(PATIENCE) == ("parent's", True)
+        assert flight.do(lambda: 1, "m") == (1, False)
+
+
+@need_fork
+def test_a_fork_inside_a_leaders_function_ends_it_once(tier: Any) -> None:
+    with closing(tier.backend()) as backend:
+        flight = ShardedFlight(backend=backend)
+
+        def run() -> str:
+            pid = os.fork()
+            if pid:
+                _, status = os.waitpid(pid, 0)
+                assert status == 0
+                assert tier.leads() == 1, "the child has ended what its parent leads"
+                return "parent's"
+            return "child's"
+
+        pid = os.getpid()
+        value = flight.do(run, "k")
+        if os.getpid() != pid:
+            os._exit(0 if value[0] == "child's" else 1)
+        assert value == ("parent's", False)
+        assert tier.leads() == 0
