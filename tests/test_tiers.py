@@ -432,6 +432,14 @@ def test_forget_reaches_every_process(tier: Any, start: Any) -> None:
     # Both the leader's process and the follower's have to notice, the one that has forgotten at
     # once, the others when they hear of it.
     new = [_leads_anew(first)]
+    late: list[Any] = []
+
+    def noticed() -> bool:
+        late.append(second.call("do", "k"))
+        in_flight: int = second.stats()["in_flight"]
+        return in_flight == 2
+
+    eventually(noticed)
     new += [second.call("do", "k"), third.call("do", "k")]
     eventually(lambda: tier.followers() == 2)
     assert served.events.empty()
@@ -439,6 +447,7 @@ def test_forget_reaches_every_process(tier: Any, start: Any) -> None:
     assert values(old.ends()) == values(served.ends()) == ("old", True)
     new[0].let_return("new")
     assert [values(call.ends()) for call in new] == [("new", True)] * 3
+    assert {values(call.ends()) for call in late} <= {("old", True), ("new", True)}
 
 
 def test_what_was_forgotten_serves_those_who_joined_however_long_it_runs(
