@@ -255,6 +255,48 @@ def test_joining_a_run_that_gathers_many_keys_takes_one_walk() -> None:
     assert steps < 100 * count
 
 
+def test_a_future_that_is_told_twice_to_take_over_runs_its_function_once() -> None:
+    """Who hands over and who sweeps after a closed loop may tell one heir, at the same time."""
+    told: list[str] = []
+    runs: list[int] = []
+    gate, one_has_ended = threading.Event(), threading.Event()
+
+    class Telling(ThreadPoolExecutor):
+        def submit(self, work: Any, *_: Any, **__: Any) -> "Future[Any]":
+            if not told:
+                told.append("again")
+                heir.take_over(heir.joined)
+
+            def job() -> None:
+                try:
+                    work()
+                finally:
+                    one_has_ended.set()
+
+            return super().submit(job)
+
+    def lost() -> int:
+        gate.wait(PATIENCE)
+        raise SystemExit
+
+    def run() -> int:
+        runs.append(1)
+        if len(runs) == 1:
+            one_has_ended.wait(PATIENCE)
+        return len(runs)
+
+    with Telling(2) as pool:
+        flight = ShardedFlight(executor=pool)
+        leader = spawn(flight.do, lost, "k")
+        eventually(lambda: flight.in_flight() == 1)
+        heir: Any = flight.do_future(run, "k")
+        gate.set()
+        assert heir.result(PATIENCE) == (1, False)
+    assert isinstance(leader.exception(PATIENCE), SystemExit)
+    assert (told, runs) == (["again"], [1])
+    assert (flight.stats().executions, flight.stats().promotions) == (2, 1)
+
+
 def test_a_follower_whose_task_stops_the_loop_keeps_nobody_from_waking() -> None:
     """Followers of one loop are woken in one callback, out of which KeyboardInterrupt comes."""
     flight = ShardedFlight()

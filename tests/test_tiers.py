@@ -440,6 +440,8 @@ def test_forget_reaches_every_process(tier: Any, start: Any) -> None:
         return in_flight == 2
 
     eventually(noticed)
+    # All that join now share one execution, and it is not forgotten for the old one's sake.
+    assert second.stats()["forgotten"] == 1
     new += [second.call("do", "k"), third.call("do", "k")]
     eventually(lambda: tier.followers() == 2)
     assert served.events.empty()

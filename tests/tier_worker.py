@@ -132,6 +132,7 @@ class Worker:
                 stats = self.flight.stats()
                 names = ("remote_leads", "remote_follows", "takeovers", "fenced", "fallbacks")
                 names += ("misses", "executions", "errors", "in_flight", "waiting", "timeouts")
+                names += ("forgotten",)
                 say(id=call, event="stats", **{name: getattr(stats, name) for name in names})
             case other:
                 raise ValueError(other)

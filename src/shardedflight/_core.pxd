@@ -636,6 +636,22 @@ cdef inline int64_t lines_started(object memory):
     return started
 
 
+cdef inline bint lines_idle(object memory) except -1:
+    """Whether nobody leads, neither in a line nor beside one."""
+    cdef lines_t* lines = lines_of(memory)
+    cdef line_t* line
+    cdef bint idle
+    cdef size_t i
+    for i in range(lines.count):
+        line = <line_t*>(lines.first + i * lines.stride)
+        lock(&line.mutex)
+        idle = line.top == 0 and line.extra == 0 and not line.flags & BESIDE
+        unlock(&line.mutex)
+        if not idle:
+            return False
+    return True
+
+
 cdef inline list lines_running(object memory):
     """How many seats each line has."""
     cdef lines_t* lines = lines_of(memory)

@@ -94,6 +94,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         line_seats,
         line_taken,
         line_unlink,
+        lines_idle,
         lines_orphan,
         lines_running,
         lines_started,
@@ -593,8 +594,11 @@ class Shard:
     def forget(self, h: int, key: Hashable) -> None:
         """Makes the key's execution, if there is one, unjoinable."""
         seat = self._match(h, key, self.get(h), None)
-        if seat is None:
-            return
+        if seat is not None:
+            self.forget_seat(h, seat)
+
+    def forget_seat(self, h: int, seat: Seat) -> None:
+        """Makes this execution unjoinable, if it runs and is not so already."""
         with self.lock:
             record = self._meet(h, seat)
             if record is not None and record.joinable:
@@ -1098,6 +1102,9 @@ class Core:
 
     def _executions(self) -> list[tuple[Shard, int, Seat]]:
         """Those that run now, with their shards and the hashes of their keys."""
+        # All flights are asked, however many have nothing in flight.
+        if COMPILED and lines_idle(self._memory):
+            return []
         return [
             (shard, h, seat)
             for index, count in enumerate(self._running())

@@ -70,7 +70,9 @@ class FlightFuture(Future[Any], Run, Waiter):
         self._flight._on_a_thread(self.lose)
 
     def lead(self) -> None:
-        """Runs the function on this thread of the executor."""
+        """Runs the function on this thread of the executor; once, though it was told twice."""
+        if not self._is_first("_begun"):
+            return
         flight, shard, h = self._flight, self._shard, self._hash
         seat = cast("Seat", self.seat)
         # First: one that runs on a thread is not abandoned any more.
@@ -183,9 +185,13 @@ class FlightFuture(Future[Any], Run, Waiter):
     def _tell_waiters(self) -> None:
         # What an executor does when it meets a cancelled future; concurrent.futures.wait waits for
         # that. Once: the base takes a second time for a mistake.
-        mine = object()
-        if self.__dict__.setdefault("_told", mine) is mine:
+        if self._is_first("_told"):
             self.set_running_or_notify_cancel()
+
+    def _is_first(self, what: str) -> bool:
+        """True once for each `what`, whichever thread asks first."""
+        mine = object()
+        return self.__dict__.setdefault(what, mine) is mine
 
     def result(self, timeout: float | None = None) -> Any:
         """As `concurrent.futures.Future.result`; also raises `DeadlockError`."""

@@ -237,7 +237,7 @@ class Tier:
             for seat in shard.holders(h):
                 known = self._abroad.get(id(seat))
                 if known is not None and known[0] == name and not known[1].joinable():
-                    shard.forget(h, key)
+                    shard.forget_seat(h, seat)
 
     def forget(self, key: Any) -> None:
         """Forgets the key's execution in all processes.

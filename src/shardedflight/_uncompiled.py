@@ -46,6 +46,7 @@ line_seat: Any = None
 line_seats: Any = None
 line_taken: Any = None
 line_unlink: Any = None
+lines_idle: Any = None
 lines_orphan: Any = None
 lines_running: Any = None
 lines_started: Any = None
