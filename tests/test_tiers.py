@@ -444,6 +444,8 @@ def test_forget_reaches_every_process(tier: Any, start: Any) -> None:
     assert second.stats()["forgotten"] == 1
     new += [second.call("do", "k"), third.call("do", "k")]
     eventually(lambda: tier.followers() == 2)
+    # Of the second process's calls, two lead there.
+    eventually(lambda: second.stats()["waiting"] == len(late))
     assert served.events.empty()
     old.let_return("old")
     assert values(old.ends()) == values(served.ends()) == ("old", True)
