@@ -10,6 +10,7 @@ ARGS ?=
 # Two editable installs at once would write the same metadata.
 .NOTPARALLEL:
 .PHONY: help demo test test-environment test-plain test-compiled test-wheel check lint types imports bench docs docs-links pins clean
+.PHONY: explore model soak fuzz faults sanitize
 
 # Such as 3.14.6 or, free-threaded, 3.14.6t; "old 3.10.1"; empty if $(PYTHON) does not run.
 VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; \
@@ -66,6 +67,8 @@ help:
 	@echo "             test-plain and test-compiled run one half, test-wheel the built wheel's"
 	@echo "make check   lint, formatting, types and import layering"
 	@echo "make bench   the dashboard of measured ratios (ARGS=--help)"
+	@echo "make explore, model, soak, fuzz, faults, sanitize"
+	@echo "             look for faults, SECONDS=600 for so long: docs/proof.md (ARGS=--help)"
 	@echo "make docs    the documentation as pages, in build/docs; their code is run by make test"
 	@echo "             docs-links asks the sites that they link to, which needs the internet"
 	@echo "make pins    resolve requirements/*.txt anew from pyproject.toml"
@@ -79,6 +82,10 @@ demo bench: %: .venv/%-$(KEY)/built
 test: .venv/test-$(KEY)/built
 	@$(plain) $(call run,test) pytest $(ARGS)
 	@if $(call is_compiled,$(<D)); then $(compiled) $(call run,test) pytest $(ARGS); fi
+
+# Programs of proof/, which look for as long as they are told: docs/proof.md.
+explore model soak fuzz faults sanitize: %: .venv/test-$(KEY)/built
+	@$(call run,test) proof.$@ $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
 # What the tests run in, made but not used.
 test-environment: .venv/test-$(KEY)/built

@@ -226,7 +226,8 @@ def test_the_suite_passes_where_only_the_wheel_is(
     (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
 
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(ROOT / "tests", elsewhere / "tests")
+    for folder in ("proof", "tests"):
+        shutil.copytree(ROOT / folder, elsewhere / folder)
     shutil.copytree(ROOT / "docs", elsewhere / "docs")
     shutil.copytree(ROOT / "examples", elsewhere / "examples")
     for path in (*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "Makefile", ROOT / "pyproject.toml"):
