@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures.thread import BrokenThreadPool
 from typing import Any
 
 import pytest
@@ -941,6 +942,30 @@ def test_a_mix_of_followers_survives_the_executor_of_a_queued_leader() -> None:
     last = outcome(future)
     assert isinstance(last, BaseException) or last[0] in answers
     release.set()
+    assert_clean(flight, "k")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_followers_take_over_from_a_leader_whose_executor_can_not_start() -> None:
+    """Section 4: an executor whose threads fail in their initializer runs nothing any more."""
+    fail = threading.Event()
+
+    def initialize() -> None:
+        fail.wait(PATIENCE)
+        raise ValueError("no connection for this thread")
+
+    pool = ThreadPoolExecutor(1, initializer=initialize)
+    flight = ShardedFlight(executor=pool)
+    queued = Work("queued")
+    leader = flight.do_future(queued.plain, "k")
+    future = follow("future", flight, Work("future"), "k")
+    thread = follow("thread", flight, Work("thread"), "k")
+    fail.set()
+    assert isinstance(leader.exception(PATIENCE), BrokenThreadPool)
+    assert outcome(thread)[0] == "thread"
+    last = outcome(future)
+    assert isinstance(last, BrokenThreadPool) or last[0] == "thread"
+    assert queued.runs == 0
     assert_clean(flight, "k")
 
 

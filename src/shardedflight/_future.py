@@ -61,10 +61,13 @@ class FlightFuture(Future[Any], Run, Waiter):
         self._work = work = self._flight._submit(job)
         work.add_done_callback(job.done)
 
-    def dropped(self) -> None:
-        """The executor will not run the function."""
-        super().cancel()
-        self._tell_waiters()
+    def dropped(self, error: BaseException | None) -> None:
+        """The executor will not run the function; it may say why."""
+        if error is None:
+            super().cancel()
+            self._tell_waiters()
+        else:
+            self._end(None, error)
         # By whoever shuts the executor down, with its lock held: another thread has to hand over,
         # for that may mean to submit.
         self._flight._on_a_thread(self.lose)
@@ -241,5 +244,5 @@ class _Job:
 
     def done(self, work: "Future[None]") -> None:
         future, self._content = self._content, None
-        if future is not None and work.cancelled() and not future.abandoned():
-            future.dropped()
+        if future is not None and not future.abandoned():
+            future.dropped(None if work.cancelled() else work.exception())
