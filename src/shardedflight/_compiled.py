@@ -1,16 +1,20 @@
 """Which core runs: the compiled one, wherever there is one, or the plain file beside it.
 
 Python prefers an extension module to a file of the same name. `SHARDEDFLIGHT_PURE` in the
-environment, set to anything but `0`, asks for the file. It is read once, when the package is first
-imported, so this module has to be imported before any that needs the core.
+environment, set to anything but `0`, asks for the file. So does a process whose threads are
+greenlets (gevent, eventlet): who leads is known by the thread's ident, which the compiled core asks
+C for, and only the patched `threading` knows those of greenlets. Both are looked at once, when the
+package is first imported, so this module has to be imported before any that needs the core.
 """
 
 import os
 import sys
+import threading
 from importlib import import_module
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import BuiltinFunctionType
 
 __all__ = ["compiled"]
 
@@ -20,7 +24,8 @@ _CORE = f"{_PACKAGE}._core"
 
 def _import_core() -> bool:
     """Imports the core that is asked for; returns whether it is compiled."""
-    if os.environ.get("SHARDEDFLIGHT_PURE", "") not in {"", "0"}:
+    patched = not isinstance(threading.get_ident, BuiltinFunctionType)
+    if patched or os.environ.get("SHARDEDFLIGHT_PURE", "") not in {"", "0"}:
         found = find_spec(_CORE)
         if found is not None and isinstance(found.loader, ExtensionFileLoader):
             _import_file(Path(found.loader.path).with_name("_core.py"))
