@@ -1,0 +1,387 @@
+"""What is explored: few callers, few keys, every way in which they can meet.
+
+A scenario waits for what makes it interesting (a follower that is registered, a function that has
+begun), so that the search need not spend its switches on getting there. What follows then is open.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from .world import Failed, Key, Lost, World
+
+__all__ = ["SCENARIOS", "Scenario"]
+
+A, B = Key("a"), Key("b")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something to explore."""
+
+    name: str
+    what: str
+    build: Callable[[World], None]
+    #: How many switches that nothing forces are searched in full: within a minute, and in the tests.
+    bound: int
+    short: int
+
+
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(bound: int, short: int = 1) -> Callable[[Callable[[World], None]], Callable[..., None]]:
+    """Enters a function as a scenario."""
+
+    def enter(build: Callable[[World], None]) -> Callable[[World], None]:
+        name = build.__name__
+        SCENARIOS[name] = Scenario(name, (build.__doc__ or "").strip(), build, bound, short)
+        return build
+
+    return enter
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+@scenario(bound=2, short=2)
+def two(w: World) -> None:
+    """Two callers of one key."""
+    w.thread(lambda: w.do("k"))
+    w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=1)
+def three(w: World) -> None:
+    """Three callers of one key."""
+    for _ in range(3):
+        w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def twice(w: World) -> None:
+    """Two callers of one key, who both call again."""
+    w.thread(lambda: w.do("k"), lambda: w.do("k"))
+    w.thread(lambda: w.do("k"), lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def error(w: World) -> None:
+    """The leader's function fails."""
+    w.thread(lambda: w.do("k", error=Failed))
+    w.thread(lambda: w.do("k", error=Failed))
+
+
+@scenario(bound=2, short=2)
+def forget(w: World) -> None:
+    """A key is forgotten while its leader begins and ends."""
+    w.thread(lambda: w.do("k"))
+    w.thread(lambda: w.forget("k"))
+
+
+@scenario(bound=2)
+def forget_followed(w: World) -> None:
+    """A key is forgotten while one joins; and one comes after that."""
+    w.thread(lambda: w.do("k"))
+    w.thread(lambda: w.do("k"))
+    w.thread(lambda: w.forget("k"), lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def newcomer(w: World) -> None:
+    """The forgotten execution ends while its successor runs, and a third caller comes."""
+
+    def inside() -> None:
+        w.forget("k")
+        w.begun(2)
+
+    w.thread(lambda: w.do("k", inside=inside))
+    w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
+    w.thread(lambda: w.begun(2), lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def newcomers(w: World) -> None:
+    """Two callers come while a forgotten execution ends."""
+    w.thread(lambda: w.do("k", inside=lambda: w.forget("k")))
+    w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
+    w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
+
+
+@scenario(bound=2, short=2)
+def timeout(w: World) -> None:
+    """A follower whose time may be up at any moment."""
+    w.thread(lambda: w.do("k"))
+    w.thread(lambda: w.do("k", timeout=1.0))
+
+
+@scenario(bound=2)
+def timeout_error(w: World) -> None:
+    """The leader fails, and the follower's time may be up."""
+    w.thread(lambda: w.do("k", error=Failed, inside=w.waiting))
+    w.thread(lambda: w.begun(), lambda: w.do("k", timeout=1.0))
+
+
+@scenario(bound=2, short=2)
+def lost(w: World) -> None:
+    """The leader is lost, and somebody else may wait."""
+    w.thread(lambda: w.do("k", error=Lost))
+    w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def lost_two(w: World) -> None:
+    """The leader is lost; one of two followers takes over."""
+    w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
+    w.thread(lambda: w.begun(), lambda: w.do("k"))
+    w.thread(lambda: w.begun(), lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def lost_twice(w: World) -> None:
+    """The leader is lost, and so is the one that takes over; a third may have joined."""
+    w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
+    w.thread(lambda: w.begun(), lambda: w.do("k", error=Lost))
+    w.thread(lambda: w.begun(), lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def lost_timeout(w: World) -> None:
+    """The leader is lost, and the follower's time may be up before it takes over."""
+    w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
+    w.thread(lambda: w.begun(), lambda: w.do("k", timeout=1.0))
+
+
+@scenario(bound=2)
+def lost_timeouts(w: World) -> None:
+    """The leader is lost; the first of two followers may leave as it is to take over."""
+    w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
+    w.thread(lambda: w.begun(), lambda: w.do("k", timeout=1.0))
+    w.thread(lambda: w.waiting(), lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def lost_forgotten(w: World) -> None:
+    """The leader is lost while its key is forgotten; a newcomer comes."""
+    w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
+    w.thread(lambda: w.begun(), lambda: w.do("k"))
+    w.thread(lambda: w.waiting(), lambda: w.forget("k"), lambda: w.do("k"))
+
+
+# -- two keys with one hash -----------------------------------------------------------------------
+
+
+@scenario(bound=2)
+def one_hash(w: World) -> None:
+    """Two keys with one hash."""
+    w.thread(lambda: w.do(A))
+    w.thread(lambda: w.do(B))
+
+
+@scenario(bound=1)
+def one_hash_three(w: World) -> None:
+    """Two keys with one hash, two callers of the second."""
+    w.thread(lambda: w.do(A))
+    w.thread(lambda: w.do(B))
+    w.thread(lambda: w.do(B))
+
+
+@scenario(bound=2)
+def one_hash_beside(w: World) -> None:
+    """A key runs beside another one with its hash, which ends as a second caller comes."""
+    w.thread(lambda: w.do(A, inside=lambda: w.begun(key=B)))
+    w.thread(lambda: w.begun(), lambda: w.do(B))
+    w.thread(lambda: w.begun(key=B), lambda: w.do(B))
+
+
+@scenario(bound=2)
+def one_hash_twice(w: World) -> None:
+    """A key that runs beside another one ends, and so does the other one."""
+    w.thread(lambda: w.do(A, inside=lambda: w.begun(key=B)), lambda: w.do(A))
+    w.thread(lambda: w.begun(), lambda: w.do(B))
+
+
+# -- deadlocks ------------------------------------------------------------------------------------
+
+
+@scenario(bound=2)
+def cycle(w: World) -> None:
+    """Two functions that want each other's key."""
+    w.deadlocks = (0, 1)
+    w.thread(lambda: w.do(1, inside=lambda: w.do(2)))
+    w.thread(lambda: w.do(2, inside=lambda: w.do(1)))
+
+
+@scenario(bound=2)
+def cycle_begun(w: World) -> None:
+    """The same, once both have begun: one of the two has to be told, and only one."""
+    w.deadlocks = (1, 1)
+    w.thread(lambda: w.do(1, inside=lambda: (w.begun(key=2), w.do(2))))
+    w.thread(lambda: w.do(2, inside=lambda: (w.begun(key=1), w.do(1))))
+
+
+@scenario(bound=1)
+def cycle_three(w: World) -> None:
+    """Three functions in a ring."""
+    w.deadlocks = (1, 1)
+    for key in range(3):
+        w.thread(
+            lambda key=key: w.do(
+                key, inside=lambda: (w.begun(3), w.do((key + 1) % 3))
+            )
+        )
+
+
+# -- many keys ------------------------------------------------------------------------------------
+
+
+@scenario(bound=2)
+def many_crossing(w: World) -> None:
+    """Two calls for the same keys in opposite orders."""
+    w.thread(lambda: w.many(1, 2))
+    w.thread(lambda: w.many(2, 1))
+
+
+@scenario(bound=2)
+def many_one(w: World) -> None:
+    """A call for two keys and one for one of them."""
+    w.thread(lambda: w.many(1, 2))
+    w.thread(lambda: w.do(2))
+
+
+@scenario(bound=2)
+def many_lost(w: World) -> None:
+    """A call for two keys takes over the one whose leader is lost."""
+    w.thread(lambda: w.do(2, error=Lost, inside=w.waiting))
+    w.thread(lambda: w.begun(), lambda: w.many(1, 2))
+
+
+# -- futures --------------------------------------------------------------------------------------
+
+
+@scenario(bound=2)
+def future(w: World) -> None:
+    """A future and a caller."""
+    w.thread(lambda: w.result(*w.future("k")))
+    w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def future_cancelled(w: World) -> None:
+    """A future that leads is cancelled; a caller may follow it."""
+    _cancelled_future(w)
+    w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def future_follows(w: World) -> None:
+    """The leader is lost, and the future that is to take over is cancelled."""
+    w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
+    _cancelled_future(w, w.begun)
+
+
+def _cancelled_future(w: World, first: Callable[[], object] = lambda: None) -> None:
+    made: list[Any] = []
+
+    def make() -> None:
+        first()
+        made.append(w.future("k"))
+        made[0][0].cancelled = True
+        w.result(*made[0])
+
+    w.thread(make)
+    w.thread(lambda: w.until(lambda: bool(made)), lambda: made[0][1].cancel(), name="canceller")
+
+
+# -- coroutines -----------------------------------------------------------------------------------
+
+
+def _nap() -> Coroutine[Any, Any, None]:
+    return asyncio.sleep(0)
+
+
+def _sleep() -> Coroutine[Any, Any, None]:
+    """Longer than anything else takes: the time of a run stands still as long as anybody goes on."""
+    return asyncio.sleep(1)
+
+
+@scenario(bound=2)
+def loop_thread(w: World) -> None:
+    """A coroutine and a thread."""
+    w.loop(lambda: w.do_async("k", inside=_nap))
+    w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=1)
+def loop_loop(w: World) -> None:
+    """Coroutines of two loops."""
+    w.loop(lambda: w.do_async("k", inside=_nap))
+    w.loop(lambda: w.do_async("k", inside=_nap))
+
+
+@scenario(bound=1)
+def loop_error(w: World) -> None:
+    """A coroutine that fails, two that may follow: in its loop and on a thread."""
+    w.loop(lambda: w.do_async("k", inside=_nap, error=Failed), lambda: w.do_async("k"))
+    w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def loop_cancelled(w: World) -> None:
+    """The caller that leads is cancelled; a thread may follow."""
+    _cancelled(w)
+    w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def loop_closed(w: World) -> None:
+    """The same, and the loop is closed under the task for which the thread may wait."""
+    _cancelled(w, closes=True)
+    w.thread(lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def loop_abandoned(w: World) -> None:
+    """The last caller leaves, and a newcomer comes."""
+    _cancelled(w)
+    w.thread(lambda: w.begun(), lambda: w.do("k"))
+
+
+@scenario(bound=2)
+def loop_heir(w: World) -> None:
+    """The leader is lost, and the coroutine that is to take over is cancelled."""
+    w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
+    _cancelled(w, w.begun)
+
+
+@scenario(bound=2)
+def loop_heirs(w: World) -> None:
+    """The same, and there is another follower."""
+    w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
+    _cancelled(w, w.begun)
+    w.thread(lambda: w.waiting(), lambda: w.do("k"))
+
+
+def _cancelled(
+    w: World, first: Callable[[], object] = lambda: None, closes: bool = False
+) -> None:
+    """A loop with a caller, and a thread that cancels it. Then it goes on, or it is closed."""
+    made: list[Any] = []
+
+    async def main() -> None:
+        first()
+        task = asyncio.ensure_future(w.do_async("k", inside=_sleep, may_be_cancelled=True))
+        made.append((asyncio.get_running_loop(), task))
+        await asyncio.wait([task])
+        while not closes and w.busy:
+            await _sleep()
+
+    def cancel() -> None:
+        loop, task = made[0]
+        with contextlib.suppress(RuntimeError):  # closed
+            loop.call_soon_threadsafe(task.cancel)
+
+    w.loop(main)
+    w.thread(lambda: w.until(lambda: bool(made)), cancel, name="canceller")
