@@ -41,7 +41,7 @@ def find_plant(explorer: Explorer, plant: Plant, until: float) -> Search:
     scenario = SCENARIOS[plant.scenario]
     search = Search(scenario)
     with plant.planted():
-        explorer.exhaust(search, scenario.bound, monotonic() + (until - monotonic()) * 0.7)
+        explorer.exhaust(search, 3, monotonic() + (until - monotonic()) * 0.7)
         if search.found is None:
             explorer.walk(search, plant.name, until)
     return search

@@ -24,20 +24,19 @@ class Scenario:
     name: str
     what: str
     build: Callable[[World], None]
-    #: How many switches that nothing forces are searched in full: within a minute, and in the tests.
-    bound: int
-    short: int
+    #: Functions of the flight; if there are any, threads switch in these alone.
+    only: tuple[str, ...] = ()
 
 
 SCENARIOS: dict[str, Scenario] = {}
 
 
-def scenario(bound: int, short: int = 1) -> Callable[[Callable[[World], None]], Callable[..., None]]:
+def scenario(*only: str) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
     """Enters a function as a scenario."""
 
     def enter(build: Callable[[World], None]) -> Callable[[World], None]:
         name = build.__name__
-        SCENARIOS[name] = Scenario(name, (build.__doc__ or "").strip(), build, bound, short)
+        SCENARIOS[name] = Scenario(name, (build.__doc__ or "").strip(), build, only)
         return build
 
     return enter
@@ -46,42 +45,42 @@ def scenario(bound: int, short: int = 1) -> Callable[[Callable[[World], None]], 
 # -- threads --------------------------------------------------------------------------------------
 
 
-@scenario(bound=2, short=2)
+@scenario()
 def two(w: World) -> None:
     """Two callers of one key."""
     w.thread(lambda: w.do("k"))
     w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=1)
+@scenario()
 def three(w: World) -> None:
     """Three callers of one key."""
     for _ in range(3):
         w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def twice(w: World) -> None:
     """Two callers of one key, who both call again."""
     w.thread(lambda: w.do("k"), lambda: w.do("k"))
     w.thread(lambda: w.do("k"), lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def error(w: World) -> None:
     """The leader's function fails."""
     w.thread(lambda: w.do("k", error=Failed))
     w.thread(lambda: w.do("k", error=Failed))
 
 
-@scenario(bound=2, short=2)
+@scenario()
 def forget(w: World) -> None:
     """A key is forgotten while its leader begins and ends."""
     w.thread(lambda: w.do("k"))
     w.thread(lambda: w.forget("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def forget_followed(w: World) -> None:
     """A key is forgotten while one joins; and one comes after that."""
     w.thread(lambda: w.do("k"))
@@ -89,7 +88,7 @@ def forget_followed(w: World) -> None:
     w.thread(lambda: w.forget("k"), lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def newcomer(w: World) -> None:
     """The forgotten execution ends while its successor runs, and a third caller comes."""
 
@@ -102,36 +101,54 @@ def newcomer(w: World) -> None:
     w.thread(lambda: w.begun(2), lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def newcomers(w: World) -> None:
-    """Two callers come while a forgotten execution ends."""
-    w.thread(lambda: w.do("k", inside=lambda: w.forget("k")))
+    """Two callers come while a forgotten execution runs."""
+
+    def inside() -> None:
+        w.forget("k")
+        w.begun(2)
+
+    w.thread(lambda: w.do("k", inside=inside))
     w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
     w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
 
 
-@scenario(bound=2, short=2)
+@scenario()
+def freed(w: World) -> None:
+    """A forgotten execution ends while its successor comes, and another caller comes then."""
+
+    def inside() -> None:
+        w.forget("k")
+        w.until(lambda: len(w.calls) > 1)
+
+    w.thread(lambda: w.do("k", inside=inside))
+    w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
+    w.thread(lambda: w.ended(), lambda: w.do("k", inside=lambda: w.waiting(2)))
+
+
+@scenario()
 def timeout(w: World) -> None:
     """A follower whose time may be up at any moment."""
     w.thread(lambda: w.do("k"))
     w.thread(lambda: w.do("k", timeout=1.0))
 
 
-@scenario(bound=2)
+@scenario()
 def timeout_error(w: World) -> None:
     """The leader fails, and the follower's time may be up."""
     w.thread(lambda: w.do("k", error=Failed, inside=w.waiting))
     w.thread(lambda: w.begun(), lambda: w.do("k", timeout=1.0))
 
 
-@scenario(bound=2, short=2)
+@scenario()
 def lost(w: World) -> None:
     """The leader is lost, and somebody else may wait."""
     w.thread(lambda: w.do("k", error=Lost))
     w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def lost_two(w: World) -> None:
     """The leader is lost; one of two followers takes over."""
     w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
@@ -139,7 +156,7 @@ def lost_two(w: World) -> None:
     w.thread(lambda: w.begun(), lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def lost_twice(w: World) -> None:
     """The leader is lost, and so is the one that takes over; a third may have joined."""
     w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
@@ -147,14 +164,14 @@ def lost_twice(w: World) -> None:
     w.thread(lambda: w.begun(), lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def lost_timeout(w: World) -> None:
     """The leader is lost, and the follower's time may be up before it takes over."""
     w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
     w.thread(lambda: w.begun(), lambda: w.do("k", timeout=1.0))
 
 
-@scenario(bound=2)
+@scenario()
 def lost_timeouts(w: World) -> None:
     """The leader is lost; the first of two followers may leave as it is to take over."""
     w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
@@ -162,7 +179,7 @@ def lost_timeouts(w: World) -> None:
     w.thread(lambda: w.waiting(), lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def lost_forgotten(w: World) -> None:
     """The leader is lost while its key is forgotten; a newcomer comes."""
     w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
@@ -173,14 +190,14 @@ def lost_forgotten(w: World) -> None:
 # -- two keys with one hash -----------------------------------------------------------------------
 
 
-@scenario(bound=2)
+@scenario()
 def one_hash(w: World) -> None:
     """Two keys with one hash."""
     w.thread(lambda: w.do(A))
     w.thread(lambda: w.do(B))
 
 
-@scenario(bound=1)
+@scenario()
 def one_hash_three(w: World) -> None:
     """Two keys with one hash, two callers of the second."""
     w.thread(lambda: w.do(A))
@@ -188,7 +205,7 @@ def one_hash_three(w: World) -> None:
     w.thread(lambda: w.do(B))
 
 
-@scenario(bound=2)
+@scenario()
 def one_hash_beside(w: World) -> None:
     """A key runs beside another one with its hash, which ends as a second caller comes."""
     w.thread(lambda: w.do(A, inside=lambda: w.begun(key=B)))
@@ -196,7 +213,7 @@ def one_hash_beside(w: World) -> None:
     w.thread(lambda: w.begun(key=B), lambda: w.do(B))
 
 
-@scenario(bound=2)
+@scenario()
 def one_hash_twice(w: World) -> None:
     """A key that runs beside another one ends, and so does the other one."""
     w.thread(lambda: w.do(A, inside=lambda: w.begun(key=B)), lambda: w.do(A))
@@ -206,7 +223,7 @@ def one_hash_twice(w: World) -> None:
 # -- deadlocks ------------------------------------------------------------------------------------
 
 
-@scenario(bound=2)
+@scenario()
 def cycle(w: World) -> None:
     """Two functions that want each other's key."""
     w.deadlocks = (0, 1)
@@ -214,7 +231,7 @@ def cycle(w: World) -> None:
     w.thread(lambda: w.do(2, inside=lambda: w.do(1)))
 
 
-@scenario(bound=2)
+@scenario()
 def cycle_begun(w: World) -> None:
     """The same, once both have begun: one of the two has to be told, and only one."""
     w.deadlocks = (1, 1)
@@ -222,7 +239,13 @@ def cycle_begun(w: World) -> None:
     w.thread(lambda: w.do(2, inside=lambda: (w.begun(key=1), w.do(1))))
 
 
-@scenario(bound=1)
+@scenario("begin_wait", "end_wait", "_follow")
+def cycle_waits(w: World) -> None:
+    """The same, with switches only where the waits begin and end."""
+    cycle_begun(w)
+
+
+@scenario()
 def cycle_three(w: World) -> None:
     """Three functions in a ring."""
     w.deadlocks = (1, 1)
@@ -237,21 +260,21 @@ def cycle_three(w: World) -> None:
 # -- many keys ------------------------------------------------------------------------------------
 
 
-@scenario(bound=2)
+@scenario()
 def many_crossing(w: World) -> None:
     """Two calls for the same keys in opposite orders."""
     w.thread(lambda: w.many(1, 2))
     w.thread(lambda: w.many(2, 1))
 
 
-@scenario(bound=2)
+@scenario()
 def many_one(w: World) -> None:
     """A call for two keys and one for one of them."""
     w.thread(lambda: w.many(1, 2))
     w.thread(lambda: w.do(2))
 
 
-@scenario(bound=2)
+@scenario()
 def many_lost(w: World) -> None:
     """A call for two keys takes over the one whose leader is lost."""
     w.thread(lambda: w.do(2, error=Lost, inside=w.waiting))
@@ -261,21 +284,21 @@ def many_lost(w: World) -> None:
 # -- futures --------------------------------------------------------------------------------------
 
 
-@scenario(bound=2)
+@scenario()
 def future(w: World) -> None:
     """A future and a caller."""
     w.thread(lambda: w.result(*w.future("k")))
     w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def future_cancelled(w: World) -> None:
     """A future that leads is cancelled; a caller may follow it."""
     _cancelled_future(w)
     w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def future_follows(w: World) -> None:
     """The leader is lost, and the future that is to take over is cancelled."""
     w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
@@ -307,56 +330,56 @@ def _sleep() -> Coroutine[Any, Any, None]:
     return asyncio.sleep(1)
 
 
-@scenario(bound=2)
+@scenario()
 def loop_thread(w: World) -> None:
     """A coroutine and a thread."""
     w.loop(lambda: w.do_async("k", inside=_nap))
     w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=1)
+@scenario()
 def loop_loop(w: World) -> None:
     """Coroutines of two loops."""
     w.loop(lambda: w.do_async("k", inside=_nap))
     w.loop(lambda: w.do_async("k", inside=_nap))
 
 
-@scenario(bound=1)
+@scenario()
 def loop_error(w: World) -> None:
     """A coroutine that fails, two that may follow: in its loop and on a thread."""
     w.loop(lambda: w.do_async("k", inside=_nap, error=Failed), lambda: w.do_async("k"))
     w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def loop_cancelled(w: World) -> None:
     """The caller that leads is cancelled; a thread may follow."""
     _cancelled(w)
     w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def loop_closed(w: World) -> None:
     """The same, and the loop is closed under the task for which the thread may wait."""
     _cancelled(w, closes=True)
     w.thread(lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def loop_abandoned(w: World) -> None:
     """The last caller leaves, and a newcomer comes."""
     _cancelled(w)
     w.thread(lambda: w.begun(), lambda: w.do("k"))
 
 
-@scenario(bound=2)
+@scenario()
 def loop_heir(w: World) -> None:
     """The leader is lost, and the coroutine that is to take over is cancelled."""
     w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
     _cancelled(w, w.begun)
 
 
-@scenario(bound=2)
+@scenario()
 def loop_heirs(w: World) -> None:
     """The same, and there is another follower."""
     w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))

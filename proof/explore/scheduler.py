@@ -24,7 +24,7 @@ T = TypeVar("T")
 Plan = tuple[tuple[int, int], ...]
 
 #: No run of a scenario comes near it, unless somebody waits in a loop for what never happens.
-MOST_STEPS = 20_000
+MOST_STEPS = 5_000
 
 
 @dataclass

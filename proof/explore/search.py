@@ -129,12 +129,16 @@ class Explorer:
     def __init__(self, by_instruction: bool = False) -> None:
         install()
         gc.disable()  # what it frees, it would free at any step; so between runs
-        self._trace: Trace = make_trace(by_instruction)
+        self._by_instruction = by_instruction
+        self._traces: dict[tuple[str, ...], Trace] = {}
         self._runs = 0
 
     def run(self, scenario: Scenario, strategy: Strategy, record: str = "") -> Outcome:
         """One run."""
-        scheduler = Scheduler(strategy, self._trace, record)
+        trace = self._traces.get(scenario.only)
+        if trace is None:
+            trace = self._traces[scenario.only] = make_trace(self._by_instruction, scenario.only)
+        scheduler = Scheduler(strategy, trace, record)
         renew(scheduler)
         world = World(scheduler)
         scenario.build(world)

@@ -7,7 +7,6 @@ stopping.
 """
 
 import dis
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
@@ -107,8 +106,8 @@ def _tracer(code: CodeType, by_instruction: bool) -> Trace:
     return trace
 
 
-def make_trace(by_instruction: bool = False) -> Trace:
-    """What `sys.settrace` is given on each thread."""
+def make_trace(by_instruction: bool = False, only: tuple[str, ...] = ()) -> Trace:
+    """What `sys.settrace` is given on each thread: it stops in all functions, or in `only` these."""
     # By id: the hash of a code object is made of all that it has. The object is kept, too.
     tracers: dict[int, tuple[CodeType, Trace | None]] = {}
 
@@ -116,8 +115,7 @@ def make_trace(by_instruction: bool = False) -> Trace:
         code = frame.f_code
         known = tracers.get(id(code))
         if known is None:
-            # A line of its own, below: a comprehension has its function's file, too.
-            ours = code.co_filename in _FILES
+            ours = code.co_filename in _FILES and (not only or code.co_name in only)
             known = tracers[id(code)] = (code, _tracer(code, by_instruction) if ours else None)
         tracer = known[1]
         if tracer is not None and by_instruction:
@@ -126,6 +124,3 @@ def make_trace(by_instruction: bool = False) -> Trace:
         return tracer
 
     return trace
-
-
-assert sys.implementation.name == "cpython"

@@ -153,6 +153,10 @@ class World:
         """The actor waits until so many functions have been begun."""
         self.until(lambda: self._begun[key] >= number)
 
+    def ended(self, number: int = 1) -> None:
+        """The actor waits until so many calls have ended."""
+        self.until(lambda: self._ended >= number)
+
     def waiting(self, number: int = 1) -> None:
         """The actor waits until so many callers wait for another one, or have come and gone."""
         self.until(lambda: self._waiting() + self._ended >= number)
