@@ -60,30 +60,32 @@ def find_plants(explorer: Explorer, until: float) -> list[str]:
             print(f"  NOT FOUND {plant.name}: {search.runs} runs of {plant.scenario}")
             continue
         message = search.found.fault.message.strip().splitlines()[-1]
-        where = f"{search.runs:6} runs of {plant.scenario:16}"
-        print(f"  {plant.name:20} {where} {taken:5.1f} s  {message}", flush=True)
+        where = f"{search.runs:5} runs of {plant.scenario:14}"
+        print(f"  {plant.name:24} {where} {taken:5.1f} s  {message[:60]}", flush=True)
     print(f"{len(PLANTS) - len(missed)} of {len(PLANTS)} planted faults found\n")
     return missed
 
 
 def explore(
-    explorer: Explorer, searches: list[Search], deepest: int, seed: str, until: float
+    explorer: Explorer, searches: list[Search], args: argparse.Namespace, until: float
 ) -> Found | None:
     """Explores the core as it is. Returns what is wrong with it."""
     report = Report()
     begin = monotonic()
     in_full = begin + (until - begin) * 0.7
-    for bound in range(deepest + 1):
+    for bound in range(args.switches + 1):
         open_ = [search for search in searches if search.bound < bound]
         for number, search in enumerate(open_):
             now = monotonic()
-            explorer.exhaust(search, bound, now + (in_full - now) / (len(open_) - number))
+            share = (in_full - now) / (len(open_) - number)
+            explorer.exhaust(search, bound, now + share, args.runs)
             report(lambda search=search: f"{search.scenario.name}: {search.runs} runs")
             if search.found is not None:
                 return search.found
     for number, search in enumerate(searches):
         now = monotonic()
-        explorer.walk(search, seed, now + (until - now) / (len(searches) - number))
+        share = (until - now) / (len(searches) - number)
+        explorer.walk(search, args.seed, now + share, args.runs)
         report(lambda search=search: f"{search.scenario.name}: {search.walks} runs by chance")
         if search.found is not None:
             return search.found
@@ -120,6 +122,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long in all (60)")
     parser.add_argument("--scenario", action="append", choices=[*SCENARIOS], help="only this one")
     parser.add_argument("--switches", type=int, default=3, help="the most in full (3)")
+    parser.add_argument(
+        "--runs", type=int, default=sys.maxsize, help="of each scenario, in full and by chance"
+    )
     parser.add_argument("--seed", default="0", help="of what is chosen by chance (0)")
     parser.add_argument("--instructions", action="store_true", help="stop at each, not at lines")
     parser.add_argument("--plants", choices=["only", "no"], help="the planted faults")
@@ -140,7 +145,7 @@ def main() -> int:
         if args.plants == "only":
             return 0
     searches = [Search(SCENARIOS[name]) for name in args.scenario or SCENARIOS]
-    found = explore(explorer, searches, args.switches, args.seed, begin + args.seconds)
+    found = explore(explorer, searches, args, begin + args.seconds)
     print(table(searches))
     runs = sum(search.runs for search in searches)
     print(f"{runs} interleavings in {monotonic() - begin:.0f} s")

@@ -187,7 +187,7 @@ PLANTS = (
     ),
     Plant(
         "overflow seen once",
-        "newcomers",
+        "newcomers_join",
         core.Shard,
         "_lead",
         (("elif changes != self.overflow_changes or not", "elif not"),),

@@ -114,6 +114,12 @@ def newcomers(w: World) -> None:
     w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
 
 
+@scenario("follow", "_lead", "_link_beside", "_match", "join")
+def newcomers_join(w: World) -> None:
+    """The same, with switches only where they look for what to join."""
+    newcomers(w)
+
+
 @scenario()
 def freed(w: World) -> None:
     """A forgotten execution ends while its successor comes, and another caller comes then."""

@@ -25,6 +25,8 @@ Plan = tuple[tuple[int, int], ...]
 
 #: No run of a scenario comes near it, unless somebody waits in a loop for what never happens.
 MOST_STEPS = 5_000
+#: Nor does any wait so many seconds, of virtual time, for another.
+MOST_SECONDS = 60.0
 
 
 @dataclass
@@ -138,6 +140,8 @@ class Scheduler:
         self.alternatives: list[tuple[int, list[int], bool]] = []
         self.fault: Fault | None = None
         self.error = ""
+        #: Is told of each step.
+        self.trail: Callable[[str], None] | None = None
         #: Looks at the state at every step, and when only those go on whose time is up.
         self.check: Callable[[], None] = _nothing
         self.check_quiet: Callable[[], None] = _nothing
@@ -182,6 +186,9 @@ class Scheduler:
         self._aside = False
         current = self.current
         assert current is not None
+        if self.trail is not None:
+            frame = sys._getframe(2)  # behind the tracer
+            self.trail(f"{current.index} {frame.f_code.co_name}:{frame.f_lineno}")
         if self.record == "all":
             others = self._others(current)
             if others:
@@ -268,7 +275,7 @@ class Scheduler:
                 self.check_quiet()
                 return timed
             times = [time for time in [clock() for clock in self.clocks] if time is not None]
-            if not times:
+            if not times or self.now > MOST_SECONDS:
                 self.fail("deadlock: nobody can go on")
             self.now = max(self.now, min(times))
             able = [actor.index for actor in in_order if actor.able()]

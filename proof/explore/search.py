@@ -133,12 +133,19 @@ class Explorer:
         self._traces: dict[tuple[str, ...], Trace] = {}
         self._runs = 0
 
-    def run(self, scenario: Scenario, strategy: Strategy, record: str = "") -> Outcome:
-        """One run."""
+    def run(
+        self,
+        scenario: Scenario,
+        strategy: Strategy,
+        record: str = "",
+        trail: Callable[[str], None] | None = None,
+    ) -> Outcome:
+        """One run. `trail` is told of each step: who was where."""
         trace = self._traces.get(scenario.only)
         if trace is None:
             trace = self._traces[scenario.only] = make_trace(self._by_instruction, scenario.only)
         scheduler = Scheduler(strategy, trace, record)
+        scheduler.trail = trail
         renew(scheduler)
         world = World(scheduler)
         scenario.build(world)
@@ -159,15 +166,17 @@ class Explorer:
         """Runs a plan."""
         return self.run(scenario, Planned(plan), record)
 
-    def exhaust(self, search: Search, bound: int, until: float) -> None:
+    def exhaust(
+        self, search: Search, bound: int, until: float, most: int = sys.maxsize
+    ) -> None:
         """Runs all plans with up to `bound` switches, or as many as there is time for.
 
-        It goes on where it was.
+        It goes on where it was. `most` is how many runs there may have been in all.
         """
         while search.bound < bound and search.found is None:
             if not search.todo:
                 self._next(search)
-            elif monotonic() > until:
+            elif search.runs >= most or monotonic() > until:
                 return
             else:
                 plan = search.todo.pop()
