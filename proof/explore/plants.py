@@ -16,6 +16,7 @@ from typing import Any
 import shardedflight._core as core
 import shardedflight._deadlock as deadlock
 import shardedflight._flight as flight
+import shardedflight._many as many
 import shardedflight._waiting as waiting
 
 __all__ = ["PLANTS", "Plant"]
@@ -250,6 +251,13 @@ PLANTS = (
         flight,
         "begin_wait",
         (("            if error is not None:\n                end_wait(future)", "            pass"),),
+    ),
+    Plant(
+        "hears one of two",
+        "many_crossing",
+        many._Batch,
+        "hear",
+        (("while waiter.news:", "for _ in waiter.news[:1]:"),),
     ),
     Plant(
         "joins the dying",

@@ -324,6 +324,13 @@ def _cancelled_future(w: World, first: Callable[[], object] = lambda: None) -> N
     w.thread(lambda: w.until(lambda: bool(made)), lambda: made[0][1].cancel(), name="canceller")
 
 
+@scenario()
+def cycle_future(w: World) -> None:
+    """A function waits for a future whose function wants the first one's key."""
+    w.deadlocks = (1, 1)
+    w.thread(lambda: w.do(1, inside=lambda: w.result(*w.future(2, inside=lambda: w.do(1)))))
+
+
 # -- coroutines -----------------------------------------------------------------------------------
 
 
@@ -348,6 +355,22 @@ def loop_loop(w: World) -> None:
     """Coroutines of two loops."""
     w.loop(lambda: w.do_async("k", inside=_nap))
     w.loop(lambda: w.do_async("k", inside=_nap))
+
+
+@scenario()
+def loop_cycle(w: World) -> None:
+    """Coroutines of two loops that want each other's key."""
+    w.deadlocks = (0, 1)
+    w.loop(lambda: w.do_async(1, inside=lambda: w.do_async(2)))
+    w.loop(lambda: w.do_async(2, inside=lambda: w.do_async(1)))
+
+
+@scenario()
+def loop_thread_cycle(w: World) -> None:
+    """A coroutine and a thread that want each other's key."""
+    w.deadlocks = (0, 1)
+    w.loop(lambda: w.do_async(1, inside=lambda: w.do_async(2)))
+    w.thread(lambda: w.do(2, inside=lambda: w.do(1)))
 
 
 @scenario()
