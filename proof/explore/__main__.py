@@ -74,7 +74,11 @@ def explore(
     begin = monotonic()
     in_full = begin + (until - begin) * 0.7
     for bound in range(args.switches + 1):
-        open_ = [search for search in searches if search.bound < bound]
+        # The small ones first: what they leave of their shares is for the others.
+        open_ = sorted(
+            [search for search in searches if search.bound < bound],
+            key=lambda search: len(search.parents) * search.steps,
+        )
         for number, search in enumerate(open_):
             now = monotonic()
             share = (in_full - now) / (len(open_) - number)
