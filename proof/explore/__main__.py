@@ -1,6 +1,7 @@
 """`python -m proof.explore`: see `--help`."""
 
 import argparse
+import contextlib
 import platform
 import sys
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def main() -> int:
         + "\n".join(f"  {one.name:18} {one.what}" for one in SCENARIOS.values()),
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="how long in all (60)")
-    parser.add_argument("--scenario", action="append", choices=[*SCENARIOS], help="only this one")
+    parser.add_argument("--scenario", action="append", metavar="NAME", choices=[*SCENARIOS], help="only this")
     parser.add_argument("--switches", type=int, default=3, help="the most in full (3)")
     parser.add_argument(
         "--runs", type=int, default=sys.maxsize, help="of each scenario, in full and by chance"
@@ -132,13 +133,15 @@ def main() -> int:
     parser.add_argument("--seed", default="0", help="of what is chosen by chance (0)")
     parser.add_argument("--instructions", action="store_true", help="stop at each, not at lines")
     parser.add_argument("--plants", choices=["only", "no"], help="the planted faults")
-    parser.add_argument("--plant", choices=[plant.name for plant in PLANTS], help="with --replay")
     parser.add_argument("--replay", metavar="PLAN", help="runs one plan of one --scenario")
+    parser.add_argument("--plant", metavar="FAULT", help="has this one in what is replayed")
     args = parser.parse_args()
     assert not shardedflight.__compiled__
     begin = monotonic()
     explorer = Explorer(by_instruction=args.instructions)
     if args.replay is not None:
+        if len(args.scenario or ()) != 1:
+            parser.error("--replay needs one --scenario")
         return replay(explorer, args)
     kind = "instructions" if args.instructions else "lines"
     print(f"CPython {platform.python_version()}, plain core, by {kind}, seed {args.seed}\n")
@@ -165,12 +168,11 @@ def main() -> int:
 def replay(explorer: Explorer, args: argparse.Namespace) -> int:
     """Runs one plan, and says what comes of it."""
     (name,) = args.scenario
-    plants = [plant for plant in PLANTS if plant.name == args.plant]
     plan = parse_plan(args.replay)
-    if plants:
-        with plants[0].planted():
-            outcome = explorer.plan(SCENARIOS[name], plan)
-    else:
+    with contextlib.ExitStack() as stack:
+        for plant in PLANTS:
+            if plant.name == args.plant:
+                stack.enter_context(plant.planted())
         outcome = explorer.plan(SCENARIOS[name], plan)
     print(f"{outcome.scheduler.step_number} steps, plan {format_plan(outcome.plan)}")
     if outcome.fault is None:

@@ -116,7 +116,7 @@ def newcomers(w: World) -> None:
 
 @scenario("follow", "_lead", "_link_beside", "_match", "join")
 def newcomers_join(w: World) -> None:
-    """The same, with switches only where they look for what to join."""
+    """`newcomers`, with switches only where they look for what to join."""
     newcomers(w)
 
 
@@ -239,7 +239,7 @@ def cycle(w: World) -> None:
 
 @scenario()
 def cycle_begun(w: World) -> None:
-    """The same, once both have begun: one of the two has to be told, and only one."""
+    """`cycle`, once both have begun: one of the two has to be told, and only one."""
     w.deadlocks = (1, 1)
     w.thread(lambda: w.do(1, inside=lambda: (w.begun(key=2), w.do(2))))
     w.thread(lambda: w.do(2, inside=lambda: (w.begun(key=1), w.do(1))))
@@ -247,7 +247,7 @@ def cycle_begun(w: World) -> None:
 
 @scenario("begin_wait", "end_wait", "_follow")
 def cycle_waits(w: World) -> None:
-    """The same, with switches only where the waits begin and end."""
+    """`cycle_begun`, with switches only where the waits begin and end."""
     cycle_begun(w)
 
 
@@ -389,7 +389,7 @@ def loop_cancelled(w: World) -> None:
 
 @scenario()
 def loop_closed(w: World) -> None:
-    """The same, and the loop is closed under the task for which the thread may wait."""
+    """`loop_cancelled`, and the loop is closed under the task for which the thread may wait."""
     _cancelled(w, closes=True)
     w.thread(lambda: w.do("k"))
 
@@ -410,7 +410,7 @@ def loop_heir(w: World) -> None:
 
 @scenario()
 def loop_heirs(w: World) -> None:
-    """The same, and there is another follower."""
+    """`loop_heir`, and there is another follower."""
     w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
     _cancelled(w, w.begun)
     w.thread(lambda: w.waiting(), lambda: w.do("k"))

@@ -16,6 +16,7 @@ from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import get_ident
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -101,17 +102,16 @@ class Worker:
 
     def _work(self) -> None:
         self.ident = get_ident()
+        # Once for all: to begin or to end it stops all threads, where there is no GIL.
+        sys.settrace(_trace)
         while True:
             self.baton.acquire()
             assert self.job is not None
             scheduler, body = self.job
-            sys.settrace(scheduler.trace)
             try:
                 body()
             except BaseException:
                 scheduler.error = traceback.format_exc()
-            finally:
-                sys.settrace(None)
             # All that belongs to this run goes before anybody else does.
             self.job = None
             del body
@@ -120,7 +120,13 @@ class Worker:
             go_on()
 
 
+#: Those that no run has.
 _idle: list[Worker] = []
+
+
+def _trace(frame: FrameType, event: str, arg: object) -> Any:
+    scheduler = here.scheduler
+    return None if scheduler is None else scheduler.trace(frame, event, arg)
 
 
 class Scheduler:

@@ -2,8 +2,7 @@
 
 Not at all of them: one that touches nothing but the local variables of its function commutes with
 whatever another thread does, so a switch before it shows nothing that a switch behind it does not.
-Those are left out, which halves the steps. What is told from the instructions errs on the side of
-stopping.
+Those are left out. What tells them apart, from the instructions, errs on the side of stopping.
 """
 
 import dis
