@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import platform
 import sys
-from collections.abc import Callable
 from time import monotonic
 
 import shardedflight
@@ -28,13 +27,14 @@ class Report:
     """Says what is done, every few seconds."""
 
     def __init__(self) -> None:
-        self.begin = self._last = monotonic()
+        self._begin = self._last = monotonic()
 
-    def __call__(self, line: Callable[[], str]) -> None:
+    def say(self, line: str) -> None:
+        """Says it if nothing was said for a while."""
         now = monotonic()
         if now - self._last > 3:
             self._last = now
-            print(f"  {now - self.begin:6.0f} s  {line()}", flush=True)
+            print(f"  {now - self._begin:6.0f} s  {line}", flush=True)
 
 
 def find_plant(explorer: Explorer, plant: Plant, until: float) -> Search:
@@ -84,14 +84,14 @@ def explore(
             now = monotonic()
             share = (in_full - now) / (len(open_) - number)
             explorer.exhaust(search, bound, now + share, args.runs)
-            report(lambda search=search: f"{search.scenario.name}: {search.runs} runs")
+            report.say(f"{search.scenario.name}: {search.runs} runs")
             if search.found is not None:
                 return search.found
     for number, search in enumerate(searches):
         now = monotonic()
         share = (until - now) / (len(searches) - number)
         explorer.walk(search, args.seed, now + share, args.runs)
-        report(lambda search=search: f"{search.scenario.name}: {search.walks} runs by chance")
+        report.say(f"{search.scenario.name}: {search.walks} runs by chance")
         if search.found is not None:
             return search.found
     return None
@@ -125,7 +125,9 @@ def main() -> int:
         + "\n".join(f"  {one.name:18} {one.what}" for one in SCENARIOS.values()),
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="how long in all (60)")
-    parser.add_argument("--scenario", action="append", metavar="NAME", choices=[*SCENARIOS], help="only this")
+    parser.add_argument(
+        "--scenario", action="append", metavar="NAME", choices=[*SCENARIOS], help="only this"
+    )
     parser.add_argument("--switches", type=int, default=3, help="the most in full (3)")
     parser.add_argument(
         "--runs", type=int, default=sys.maxsize, help="of each scenario, in full and by chance"
@@ -156,6 +158,9 @@ def main() -> int:
     print(table(searches))
     runs = sum(search.runs for search in searches)
     print(f"{runs} interleavings in {monotonic() - begin:.0f} s")
+    misfits = sum(search.misfits for search in searches)
+    if misfits:
+        print(f"{misfits} did not go as planned: the interpreter has shown other steps before")
     if found is None:
         print("No fault found")
         return 0
@@ -174,6 +179,8 @@ def replay(explorer: Explorer, args: argparse.Namespace) -> int:
             if plant.name == args.plant:
                 stack.enter_context(plant.planted())
         outcome = explorer.plan(SCENARIOS[name], plan)
+    if not outcome.scheduler.fits:
+        print("The plan does not fit: it is of another version")
     print(f"{outcome.scheduler.step_number} steps, plan {format_plan(outcome.plan)}")
     if outcome.fault is None:
         print("No fault")

@@ -153,7 +153,7 @@ def _start_new_thread(function: Callable[..., Any], args: tuple[Any, ...]) -> in
 
 
 def install() -> None:
-    """Has the flight's modules use these primitives, from now on: this process is for nothing else."""
+    """Has the flight's modules use these primitives for as long as this process lives."""
     futures_threading = SimpleNamespace(**{**vars(threading), "Condition": Condition})
     for module, name, value in (
         (core, "SteadyLock", Lock),

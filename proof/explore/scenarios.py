@@ -114,9 +114,9 @@ def newcomers(w: World) -> None:
     w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
 
 
-@scenario("follow", "_lead", "_link_beside", "_match", "join")
+@scenario("_lead", "_link_beside")
 def newcomers_join(w: World) -> None:
-    """`newcomers`, with switches only where they look for what to join."""
+    """`newcomers`, with switches only where they begin to lead."""
     newcomers(w)
 
 
@@ -130,7 +130,7 @@ def freed(w: World) -> None:
 
     w.thread(lambda: w.do("k", inside=inside))
     w.thread(lambda: w.until(lambda: w.forgotten), lambda: w.do("k"))
-    w.thread(lambda: w.ended(), lambda: w.do("k", inside=lambda: w.waiting(2)))
+    w.thread(w.ended, lambda: w.do("k", inside=lambda: w.waiting(2)))
 
 
 @scenario()
@@ -144,7 +144,7 @@ def timeout(w: World) -> None:
 def timeout_error(w: World) -> None:
     """The leader fails, and the follower's time may be up."""
     w.thread(lambda: w.do("k", error=Failed, inside=w.waiting))
-    w.thread(lambda: w.begun(), lambda: w.do("k", timeout=1.0))
+    w.thread(w.begun, lambda: w.do("k", timeout=1.0))
 
 
 @scenario()
@@ -158,39 +158,39 @@ def lost(w: World) -> None:
 def lost_two(w: World) -> None:
     """The leader is lost; one of two followers takes over."""
     w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
-    w.thread(lambda: w.begun(), lambda: w.do("k"))
-    w.thread(lambda: w.begun(), lambda: w.do("k"))
+    w.thread(w.begun, lambda: w.do("k"))
+    w.thread(w.begun, lambda: w.do("k"))
 
 
 @scenario()
 def lost_twice(w: World) -> None:
     """The leader is lost, and so is the one that takes over; a third may have joined."""
     w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
-    w.thread(lambda: w.begun(), lambda: w.do("k", error=Lost))
-    w.thread(lambda: w.begun(), lambda: w.do("k"))
+    w.thread(w.begun, lambda: w.do("k", error=Lost))
+    w.thread(w.begun, lambda: w.do("k"))
 
 
 @scenario()
 def lost_timeout(w: World) -> None:
     """The leader is lost, and the follower's time may be up before it takes over."""
     w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
-    w.thread(lambda: w.begun(), lambda: w.do("k", timeout=1.0))
+    w.thread(w.begun, lambda: w.do("k", timeout=1.0))
 
 
 @scenario()
 def lost_timeouts(w: World) -> None:
     """The leader is lost; the first of two followers may leave as it is to take over."""
     w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
-    w.thread(lambda: w.begun(), lambda: w.do("k", timeout=1.0))
-    w.thread(lambda: w.waiting(), lambda: w.do("k"))
+    w.thread(w.begun, lambda: w.do("k", timeout=1.0))
+    w.thread(w.waiting, lambda: w.do("k"))
 
 
 @scenario()
 def lost_forgotten(w: World) -> None:
     """The leader is lost while its key is forgotten; a newcomer comes."""
     w.thread(lambda: w.do("k", error=Lost, inside=w.waiting))
-    w.thread(lambda: w.begun(), lambda: w.do("k"))
-    w.thread(lambda: w.waiting(), lambda: w.forget("k"), lambda: w.do("k"))
+    w.thread(w.begun, lambda: w.do("k"))
+    w.thread(w.waiting, lambda: w.forget("k"), lambda: w.do("k"))
 
 
 # -- two keys with one hash -----------------------------------------------------------------------
@@ -215,7 +215,7 @@ def one_hash_three(w: World) -> None:
 def one_hash_beside(w: World) -> None:
     """A key runs beside another one with its hash, which ends as a second caller comes."""
     w.thread(lambda: w.do(A, inside=lambda: w.begun(key=B)))
-    w.thread(lambda: w.begun(), lambda: w.do(B))
+    w.thread(w.begun, lambda: w.do(B))
     w.thread(lambda: w.begun(key=B), lambda: w.do(B))
 
 
@@ -223,7 +223,7 @@ def one_hash_beside(w: World) -> None:
 def one_hash_twice(w: World) -> None:
     """A key that runs beside another one ends, and so does the other one."""
     w.thread(lambda: w.do(A, inside=lambda: w.begun(key=B)), lambda: w.do(A))
-    w.thread(lambda: w.begun(), lambda: w.do(B))
+    w.thread(w.begun, lambda: w.do(B))
 
 
 # -- deadlocks ------------------------------------------------------------------------------------
@@ -256,11 +256,7 @@ def cycle_three(w: World) -> None:
     """Three functions in a ring."""
     w.deadlocks = (1, 1)
     for key in range(3):
-        w.thread(
-            lambda key=key: w.do(
-                key, inside=lambda: (w.begun(3), w.do((key + 1) % 3))
-            )
-        )
+        w.thread(lambda key=key: w.do(key, inside=lambda: (w.begun(3), w.do((key + 1) % 3))))
 
 
 # -- many keys ------------------------------------------------------------------------------------
@@ -284,7 +280,7 @@ def many_one(w: World) -> None:
 def many_lost(w: World) -> None:
     """A call for two keys takes over the one whose leader is lost."""
     w.thread(lambda: w.do(2, error=Lost, inside=w.waiting))
-    w.thread(lambda: w.begun(), lambda: w.many(1, 2))
+    w.thread(w.begun, lambda: w.many(1, 2))
 
 
 # -- futures --------------------------------------------------------------------------------------
@@ -321,7 +317,12 @@ def _cancelled_future(w: World, first: Callable[[], object] = lambda: None) -> N
         w.result(*made[0])
 
     w.thread(make)
-    w.thread(lambda: w.until(lambda: bool(made)), lambda: made[0][1].cancel(), name="canceller")
+
+    def cancel() -> None:
+        w.until(lambda: bool(made))
+        made[0][1].cancel()
+
+    w.thread(cancel, name="canceller")
 
 
 @scenario()
@@ -339,7 +340,7 @@ def _nap() -> Coroutine[Any, Any, None]:
 
 
 def _sleep() -> Coroutine[Any, Any, None]:
-    """Longer than anything else takes: the time of a run stands still as long as anybody goes on."""
+    """Longer than all else takes: the time of a run stands still as long as anybody goes on."""
     return asyncio.sleep(1)
 
 
@@ -398,7 +399,7 @@ def loop_closed(w: World) -> None:
 def loop_abandoned(w: World) -> None:
     """The last caller leaves, and a newcomer comes."""
     _cancelled(w)
-    w.thread(lambda: w.begun(), lambda: w.do("k"))
+    w.thread(w.begun, lambda: w.do("k"))
 
 
 @scenario()
@@ -413,12 +414,10 @@ def loop_heirs(w: World) -> None:
     """`loop_heir`, and there is another follower."""
     w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
     _cancelled(w, w.begun)
-    w.thread(lambda: w.waiting(), lambda: w.do("k"))
+    w.thread(w.waiting, lambda: w.do("k"))
 
 
-def _cancelled(
-    w: World, first: Callable[[], object] = lambda: None, closes: bool = False
-) -> None:
+def _cancelled(w: World, first: Callable[[], object] = lambda: None, closes: bool = False) -> None:
     """A loop with a caller, and a thread that cancels it. Then it goes on, or it is closed."""
     made: list[Any] = []
 

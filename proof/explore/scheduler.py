@@ -66,9 +66,11 @@ class Planned:
         return actor
 
     def at_step(self, step: int, current: int, others: Callable[[], list[int]]) -> int:
+        """As planned."""
         return self._take()
 
     def at_stop(self, step: int, able: list[int]) -> int:
+        """As planned, or who is next in order."""
         return self._take() if step == self.next_step else able[0]
 
 
@@ -144,6 +146,8 @@ class Scheduler:
         #: Who else could have been chosen: at each step, or ("stops") where somebody had to be.
         self.record = record
         self.alternatives: list[tuple[int, list[int], bool]] = []
+        #: False if the plan wanted one to go on who could not: it is of another version.
+        self.fits = True
         self.fault: Fault | None = None
         self.error = ""
         #: Is told of each step.
@@ -151,7 +155,7 @@ class Scheduler:
         #: Looks at the state at every step, and when only those go on whose time is up.
         self.check: Callable[[], None] = _nothing
         self.check_quiet: Callable[[], None] = _nothing
-        #: Those who can be helped on by virtual time, when nobody goes on: each tells how far it is.
+        #: When nobody goes on, time does: each of these tells to what time it would have it go.
         self.clocks: list[Callable[[], float | None]] = []
         self.now = 0.0
         #: Something is looked at meanwhile: there are no steps.
@@ -202,7 +206,6 @@ class Scheduler:
         if number == self.strategy.next_step:
             chosen = self.strategy.at_step(number, current.index, lambda: self._others(current))
             if chosen != current.index:
-                self.chosen.append((number, chosen))
                 self._switch(current, chosen)
         elif number > MOST_STEPS:
             self.fail(f"after {MOST_STEPS} steps there is no end in sight")
@@ -248,10 +251,11 @@ class Scheduler:
         return not actor.done and (actor.timed or actor.able())
 
     def _switch(self, current: Actor, index: int) -> None:
-        chosen = self.actors[index] if index < len(self.actors) else None
-        if chosen is None or not self.aside(lambda: self._may_go_on(chosen)):
-            self.fail(f"the plan does not fit: at step {self.step_number} {index} can not go on")
+        chosen = self.actors[index] if index < len(self.actors) else current
+        if chosen is current or not self.aside(lambda: self._may_go_on(chosen)):
+            self.fits = False
             return
+        self.chosen.append((self.step_number, index))
         self.current = chosen
         chosen.worker.baton.release()
         current.worker.baton.acquire()
@@ -261,13 +265,13 @@ class Scheduler:
         able = self.aside(self._able)
         self.step_number = number = self.step_number + 1
         chosen = self.strategy.at_stop(number, able)
-        if len(able) > 1:
-            if self.record:
-                self.alternatives.append((number, able[1:], False))
-            if chosen != able[0]:
-                self.chosen.append((number, chosen))
         if chosen not in able:
-            self.fail(f"the plan does not fit: at step {number} {chosen} can not go on")
+            self.fits = False
+            chosen = able[0]
+        if self.record and len(able) > 1:
+            self.alternatives.append((number, able[1:], False))
+        if chosen != able[0]:
+            self.chosen.append((number, chosen))
         return self.actors[chosen]
 
     def _able(self) -> list[int]:

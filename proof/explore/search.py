@@ -81,6 +81,7 @@ class ByChance(Strategy):
         return max(able, key=self._priorities.__getitem__)
 
     def at_step(self, step: int, current: int, others: Callable[[], list[int]]) -> int:
+        """The highest priority."""
         self.next_step = step + 1
         if step in self._falls:
             self._lowest -= 1
@@ -88,6 +89,7 @@ class ByChance(Strategy):
         return self._best([current, *others()])
 
     def at_stop(self, step: int, able: list[int]) -> int:
+        """The highest priority."""
         self.next_step = step + 1
         return self._best(able)
 
@@ -105,6 +107,8 @@ class Search:
     #: How many runs it took to each bound; and how many were by chance.
     bounds: list[int] = field(default_factory=list)
     walks: int = 0
+    #: Plans that did not fit, because the same run had other steps before.
+    misfits: int = 0
     found: Found | None = None
     #: Plans of this number of switches: to be run, and run; and those with one less to be extended.
     todo: list[Plan] = field(default_factory=lambda: [()])
@@ -166,9 +170,7 @@ class Explorer:
         """Runs a plan."""
         return self.run(scenario, Planned(plan), record)
 
-    def exhaust(
-        self, search: Search, bound: int, until: float, most: int = sys.maxsize
-    ) -> None:
+    def exhaust(self, search: Search, bound: int, until: float, most: int = sys.maxsize) -> None:
         """Runs all plans with up to `bound` switches, or as many as there is time for.
 
         It goes on where it was. `most` is how many runs there may have been in all.
@@ -199,6 +201,7 @@ class Explorer:
 
     def _count(self, search: Search, outcome: Outcome) -> None:
         search.runs += 1
+        search.misfits += not outcome.scheduler.fits
         search.steps = max(search.steps, outcome.scheduler.step_number)
         if outcome.fault is not None:
             search.found = Found(search.scenario.name, outcome.plan, outcome.fault)

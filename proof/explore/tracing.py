@@ -66,9 +66,9 @@ def _is_local(code: CodeType, instructions: list[dis.Instruction]) -> bool:
         elif not name.startswith(_LOCAL):
             return False
         # The truth of a container is a look into it.
-        if name == "TO_BOOL" or (name.startswith("POP_JUMP_") and "NONE" not in name):
-            if before not in {"IS_OP", "CHECK_EXC_MATCH", "LOAD_GLOBAL", "TO_BOOL"}:
-                return False
+        tests = name == "TO_BOOL" or (name.startswith("POP_JUMP_") and "NONE" not in name)
+        if tests and before not in {"IS_OP", "CHECK_EXC_MATCH", "LOAD_GLOBAL", "TO_BOOL"}:
+            return False
         if name not in {"CACHE", "EXTENDED_ARG", "NOT_TAKEN"}:
             before = name
     return True
@@ -106,7 +106,7 @@ def _tracer(code: CodeType, by_instruction: bool) -> Trace:
 
 
 def make_trace(by_instruction: bool = False, only: tuple[str, ...] = ()) -> Trace:
-    """What `sys.settrace` is given on each thread: it stops in all functions, or in `only` these."""
+    """What `sys.settrace` is given: it stops in all functions of the flight, or in `only` these."""
     # By id: the hash of a code object is made of all that it has. The object is kept, too.
     tracers: dict[int, tuple[CodeType, Trace | None]] = {}
 

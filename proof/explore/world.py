@@ -208,7 +208,7 @@ class World:
             found: dict[Any, Any] = self.flight.do_many(fn, keys)
             failed: dict[Any, Any] = {}
         except FlightErrorGroup as group:
-            found, failed = group.found, {}
+            found, failed = dict(group.found), {}
             for call in calls.values():
                 call.error = None if call.key in found else group
         except BaseException as raised:
@@ -331,9 +331,11 @@ class World:
     def _given_up(self, run: Run) -> bool:
         """Whether its execution may be one that was forgotten, or abandoned."""
         # Not `run.begin`: it may have taken over from one that was forgotten with its followers.
-        return any(f.key == run.key and f.begin > run.call.begin for f in self.forgets) or any(
-            call.key == run.key and call.cancelled for call in self.calls
-        )
+        # And `forget` may find what has begun while it looked.
+        return any(
+            forget.key == run.key and (forget.end is None or forget.end > run.call.begin)
+            for forget in self.forgets
+        ) or any(call.key == run.key and call.cancelled for call in self.calls)
 
     def _end(self, run: Run, how: str) -> None:
         run.end = self._tick()
