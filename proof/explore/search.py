@@ -121,8 +121,8 @@ def _extensions(plan: Plan, outcome: Outcome, forced: bool) -> list[Plan]:
     begin = plan[-1][0] if plan else -1
     return [
         (*plan, (step, other))
-        for step, others, free in outcome.scheduler.alternatives
-        if step > begin and free is not forced
+        for step, others, costs in outcome.scheduler.alternatives
+        if step > begin and costs is not forced
         for other in others
     ]
 
