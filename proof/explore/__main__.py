@@ -124,7 +124,9 @@ def main() -> int:
         epilog="Scenarios:\n"
         + "\n".join(f"  {one.name:18} {one.what}" for one in SCENARIOS.values()),
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long in all (60)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="how long, without the plants (60)"
+    )
     parser.add_argument(
         "--scenario", action="append", metavar="NAME", choices=[*SCENARIOS], help="only this"
     )
@@ -148,11 +150,11 @@ def main() -> int:
     kind = "instructions" if args.instructions else "lines"
     print(f"CPython {platform.python_version()}, plain core, by {kind}, seed {args.seed}\n")
     if args.plants != "no":
-        until = begin + args.seconds * (1.0 if args.plants == "only" else 0.3)
-        if find_plants(explorer, until):
+        if find_plants(explorer, begin + max(args.seconds, 100)):
             return 1
         if args.plants == "only":
             return 0
+    begin = monotonic()
     searches = [Search(SCENARIOS[name]) for name in args.scenario or SCENARIOS]
     found = explore(explorer, searches, args, begin + args.seconds)
     print(table(searches))

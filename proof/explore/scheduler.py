@@ -143,9 +143,9 @@ class Scheduler:
         self.step_number = -1
         #: What was chosen otherwise than in order: the plan of this very run.
         self.chosen: list[tuple[int, int]] = []
-        #: What `alternatives` is to have: "all", those where somebody had to be chosen ("stops"), or
-        #: nothing. Each is a step, who else could have been chosen, and whether that is a switch
-        #: that nothing forces.
+        #: What `alternatives` is to have: "all", those where somebody had to be chosen ("stops"),
+        #: or nothing. Each is a step, who else could have been chosen, and whether that is a
+        #: switch that nothing forces.
         self.record = record
         self.alternatives: list[tuple[int, list[int], bool]] = []
         #: False if the plan wanted one to go on who could not: it is of another version.
