@@ -119,6 +119,8 @@ def begin_wait(
                     run.watch = Watch()
                 left_to_watch = run.watch.enter(run, future, task, executions, shard)
             error = None if left_to_watch else _find_cycle(executions, task, run, set())
+            if error is not None:
+                end_wait(future)  # or the next who looks would find the same cycle
         if error is not None:
             shard.count_deadlock()
             try:
