@@ -34,6 +34,8 @@ IDLE, OPENING, JOINING, FOLLOWING, AGAIN, RUNNING, ALONE, ENDING, LOCAL, ANSWERE
 _OVER = frozenset((IDLE, ANSWERED, LEFT, DEAD))
 #: Its turn is not done.
 _PENDING = frozenset((OPENING, JOINING, FOLLOWING, AGAIN))
+#: Any message may be about it.
+_ASKING = frozenset((OPENING, JOINING))
 
 #: What the adversary can do.
 CRASH, STALL, LOSE, CUT, KILL, REFUSE, RESTART = (
@@ -116,7 +118,7 @@ class Process(NamedTuple):
     early: tuple[Message, ...] = ()
     #: Whom callers of this process join.
     seat: int = -1
-    #: Ghosts: the tokens that this process has heard to be forgotten, or to have ended.
+    #: A ghost: the tokens that this process has heard to be forgotten.
     told: int = 0
 
 
@@ -137,6 +139,7 @@ class State(NamedTuple):
     patient: bool = False
     ended: int = 0
     forgotten: int = 0
+    announced: int = 0
     published: int = 0
     bad: str = ""
 
@@ -159,6 +162,8 @@ class Client:
     gives_back = True
     #: Hears that others have forgotten.
     hears_forget = True
+    #: Does not ask again while it asks.
+    asks_once = True
     #: Joins again when its inbox is known again.
     joins_anew = True
 
@@ -175,7 +180,8 @@ class _World:
         self.late = state.late
         self.faults, self.forgets, self.leaves = state.faults, state.forgets, state.leaves
         self.excused, self.patient = state.excused, state.patient
-        self.ended, self.forgotten, self.published = state.ended, state.forgotten, state.published
+        self.ended, self.published = state.ended, state.published
+        self.forgotten, self.announced = state.forgotten, state.announced
         self.bad = state.bad
 
     def freeze(self) -> State:
@@ -191,6 +197,7 @@ class _World:
             self.patient,
             self.ended,
             self.forgotten,
+            self.announced,
             self.published,
             self.bad,
         )
@@ -220,7 +227,7 @@ class _World:
             stale |= self.ended
         if self.faults == self.scenario.faults:
             on_the_way = sum(1 << m.token for m in process.messages if m.kind == "f")
-            stale |= self.forgotten & ~on_the_way
+            stale |= self.announced & ~on_the_way
         if process.seat >= 0:
             self.call(c, phase=LOCAL, via=process.seat, stale=stale)
         else:
@@ -228,6 +235,9 @@ class _World:
             self.call(c, phase=OPENING, stale=stale)
             if process.inbox == 2 or not self.client.subscribes_first:
                 self.join(c)
+            elif process.inbox == 0:
+                # When does not matter, for before it is known nothing is asked.
+                self.subscribe(p)
 
     def join(self, c: int) -> None:
         """`_join`, once the inbox is known."""
@@ -279,9 +289,8 @@ class _World:
                 if one.stale >> self.calls[payload].led & 1:
                     self.bad = "a caller has an outcome of before it came, or that was forgotten"
                 self.call(other, phase=ANSWERED, again=0, via=-1, watched=False)
-        process = self.processes[call.process]
-        told = process.told if self.scenario.hold else process.told | 1 << self.calls[payload].led
-        self.process(call.process, told=told, seat=-1 if process.seat == c else process.seat)
+        if self.processes[call.process].seat == c:
+            self.process(call.process, seat=-1)
 
     def answer_from(self, c: int, token: int, payload: int) -> None:
         """The turn has the outcome of another process."""
@@ -354,9 +363,10 @@ class _World:
                         self.bad = "a lease is renewed by another than its leader"
             case _:
                 if before.f is not None:
-                    self.forgotten |= 1 << before.f.token
+                    self.announced |= 1 << before.f.token
                 if before.r is not None:
                     self.forgotten |= 1 << before.r.token
+                self.forgotten |= self.announced
                 result = server.forget(before)
         self.store, reply, messages = result
         for message in messages:
@@ -384,7 +394,7 @@ class _World:
         """`_joined`."""
         call = self.calls[c]
         if kind == 1:
-            if call.phase in (JOINING, FOLLOWING):
+            if call.phase in (OPENING, JOINING, FOLLOWING):
                 self.follow(c, token)
         elif kind == 2:
             if call.phase in _PENDING:
@@ -412,9 +422,12 @@ class _World:
         else:
             self.call(c, phase=FOLLOWING, watched=self.client.has_watchdog)
 
+    def is_asking(self, p: int) -> bool:
+        return any(self.calls[c].phase in _ASKING for c in self.of(p))
+
     def clear_early(self, p: int) -> None:
         """`_remove`: kept as long as a turn is asked for."""
-        if self.processes[p].early and not any(self.calls[c].phase == JOINING for c in self.of(p)):
+        if self.processes[p].early and not self.is_asking(p):
             self.process(p, early=())
 
     # -- messages, and the keeper -----------------------------------------------------------------
@@ -439,7 +452,7 @@ class _World:
                 self.hear_forgotten(c, message.token)
         else:
             following = [c for c in here if self.calls[c].phase == FOLLOWING]
-            if any(self.calls[c].phase == JOINING for c in here) and self.client.keeps_early:
+            if self.is_asking(p) and self.client.keeps_early:
                 early = [m for m in self.processes[p].early if m.token != message.token]
                 self.process(p, early=tuple(sorted((*early, message))))
             for c in following:
@@ -450,9 +463,9 @@ class _World:
     def hear_forgotten(self, c: int, token: int) -> None:
         """`_forgotten`."""
         call = self.calls[c]
-        if call.phase == JOINING or (call.phase == FOLLOWING and call.token == token):
+        if call.phase in _ASKING or (call.phase == FOLLOWING and call.token == token):
             self.call(c, forgotten=max(call.forgotten, token))
-        elif call.phase == RUNNING and call.led == token:
+        elif call.phase in (RUNNING, ENDING) and call.led == token:
             self.call(c, forgotten=token)
 
     def news(self, c: int, message: Message) -> None:
@@ -473,8 +486,10 @@ class _World:
     def again(self, c: int) -> None:
         """`_again`, to where it waits for the inbox."""
         call = self.calls[c]
-        self.call(c, phase=LEFT if call.left else OPENING, token=0, again=call.again - 1)
-        self.clear_early(call.process)
+        if call.phase in _ASKING and self.client.asks_once:
+            self.call(c, again=call.again - 1)
+        else:
+            self.call(c, phase=OPENING, token=0, again=call.again - 1)
 
     # -- the adversary ----------------------------------------------------------------------------
 
