@@ -11,12 +11,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import redis
 import redis.asyncio as asyncio_redis
-from support import PATIENCE, eventually
+from support import PATIENCE, eventually, spawn
 from tier_support import Worker
 from valkey_support import Valkey
 
@@ -502,6 +503,133 @@ def test_a_leader_takes_two_round_trips_and_a_follower_one(server: Valkey, start
     follower.ends()
     leader.ends()
     assert scripts() == before + 3
+
+
+# -- what others forget meanwhile -----------------------------------------------------------------
+
+
+@pytest.fixture
+def two(server: Valkey) -> Iterator[list[RedisBackend]]:
+    """As of two processes, in this one."""
+    backends = [RedisBackend(server.url, lease=60.0, timeout=PATIENCE) for _ in range(2)]
+    yield backends
+    for backend in backends:
+        backend.close()
+
+
+def hears_a_forget(backend: RedisBackend) -> threading.Event:
+    heard, hear = threading.Event(), backend.hear
+
+    def listen(content: bytes) -> None:
+        hear(content)
+        if content.startswith(b"f"):
+            heard.set()
+
+    backend.hear = listen  # type: ignore[method-assign]
+    return heard
+
+
+def comes_anew(flight: ShardedFlight) -> "Future[Any]":
+    """A caller that has come: it leads, or has joined."""
+    waiting, running = flight.stats().waiting, flight.in_flight()
+    caller = spawn(flight.do, lambda: "new", "k")
+    eventually(
+        lambda: flight.stats().waiting > waiting or flight.in_flight() > running or caller.done()
+    )
+    return caller
+
+
+def test_a_leader_that_ends_hears_that_others_have_forgotten(two: list[RedisBackend]) -> None:
+    """Found by proof/model: until its end is published, its process joined it."""
+    heard = hears_a_forget(two[0])
+    flight = ShardedFlight(backend=two[0])
+    runs, goes_on = threading.Event(), threading.Event()
+
+    def function() -> str:
+        runs.set()
+        goes_on.wait(PATIENCE)
+        return "old"
+
+    leader = spawn(flight.do, function, "k")
+    assert runs.wait(PATIENCE)
+    (node,) = two[0]._nodes.values()
+    with node._sending:  # nothing goes to the server
+        goes_on.set()
+        eventually(lambda: len(node.queue) > 0, "the end")
+        ShardedFlight(backend=two[1]).forget("k")
+        assert heard.wait(PATIENCE)
+        later = comes_anew(flight)
+    two[0].wake()
+    assert leader.result(PATIENCE) == ("old", False)
+    assert later.result(PATIENCE) == ("new", False)
+
+
+def test_a_follower_that_joins_again_hears_that_others_have_forgotten(
+    two: list[RedisBackend],
+) -> None:
+    """Found by proof/model: what came between was passed over, for as long as the function ran."""
+    first, second = (ShardedFlight(backend=backend) for backend in two)
+    heard = hears_a_forget(two[1])
+    runs, goes_on = threading.Event(), threading.Event()
+
+    def function() -> str:
+        runs.set()
+        goes_on.wait(PATIENCE)
+        return "old"
+
+    leader = spawn(first.do, function, "k")
+    assert runs.wait(PATIENCE)
+    follower = spawn(second.do, function, "k")
+    eventually(lambda: any(turn.token for turn in turns(two[1])), "the follower")
+    (turn,) = turns(two[1])
+    asks, joins, subscribed = threading.Event(), threading.Event(), two[1]._subscribed
+
+    def wait_for_inbox(shard: int) -> str:
+        asks.set()
+        joins.wait(PATIENCE)
+        return subscribed(shard)
+
+    two[1]._subscribed = wait_for_inbox  # type: ignore[method-assign]
+    two[1].wake_to(lambda: two[1]._again(turn))
+    assert asks.wait(PATIENCE)
+    first.forget("k")
+    assert heard.wait(PATIENCE)
+    joins.set()
+    eventually(lambda: turn.token > 0, "the follower's second request")
+    later = comes_anew(second)
+    goes_on.set()
+    assert leader.result(PATIENCE) == ("old", True)
+    assert follower.result(PATIENCE)[0] == "old"
+    assert later.result(PATIENCE) == ("new", False)
+
+
+def test_who_asks_is_not_made_to_ask_twice(two: list[RedisBackend]) -> None:
+    """Found by proof/model: of two answers, the second made the first look as if not forgotten."""
+    runs, goes_on = threading.Event(), threading.Event()
+
+    def function() -> None:
+        runs.set()
+        goes_on.wait(PATIENCE)
+
+    leader = spawn(ShardedFlight(backend=two[0]).do, function, "k")
+    assert runs.wait(PATIENCE)
+    follower = spawn(ShardedFlight(backend=two[1]).do, function, "k")
+    eventually(lambda: any(turn.token for turn in turns(two[1])), "the follower")
+    (turn,) = turns(two[1])
+    (node,) = two[1]._nodes.values()
+    with node._sending:
+        for _ in range(2):  # as by a watchdog and by a message
+            two[1]._again(turn)
+        assert len(node.queue) == 1
+    two[1].wake()
+    eventually(lambda: turn.token > 0, "the answer")
+    goes_on.set()
+    leader.result(PATIENCE)
+    follower.result(PATIENCE)
+
+
+def turns(backend: RedisBackend) -> list[Any]:
+    return [turn for follow in list(backend._follows.values()) for turn in follow.turns]
 
 
 # -- construction ---------------------------------------------------------------------------------

@@ -555,9 +555,10 @@ class RedisBackend(Wire):
             assert isinstance(lead, _RedisLead)
             request = self._end(lead, payload)
             requests.append(request)
+            # Until the answer is there the lease is renewed, and the lead hears of a forget.
+            request.add_done_callback(partial(self._drop_lead, lead))
             if lead.inbox != self._inbox:
                 request.answer(0)
-            self._drop_lead(lead)
         self._submit([request for request in requests if not request.done()])
         if here:
             self._help(_HELP)
@@ -592,10 +593,11 @@ class RedisBackend(Wire):
             try:
                 inbox = self._subscribed(self._shard(turn.name))
             except BackendError as error:
+                self._dismiss(turn)
                 turn.fail(error)
                 continue
             with self._lock:
-                self._follows.setdefault(turn.name, _Follow()).turns.append(turn)
+                self._enter(turn)
             f, r, t, g = self._keys(turn.name, "f", "r", "t", "g")
             lease = round(self.lease * 1000)
             args = (inbox, turn.number, lease, turn.followed, turn.reject)
@@ -650,6 +652,12 @@ class RedisBackend(Wire):
         elif sooner:
             self.wake()
 
+    def _enter(self, turn: _RedisTurn) -> None:
+        """Under the lock. From now on messages may be about this turn."""
+        turns = self._follows.setdefault(turn.name, _Follow()).turns
+        if turn not in turns:
+            turns.append(turn)
+
     def _dismiss(self, turn: _RedisTurn) -> None:
         with self._lock:
             follow = self._follows.get(turn.name)
@@ -666,12 +674,17 @@ class RedisBackend(Wire):
             del self._follows[turn.name]
 
     def _again(self, turn: _RedisTurn) -> None:
-        """A turn that has followed joins again."""
-        self._dismiss(turn)
-        if not turn.done():
+        """A turn that has followed joins again, if it does not do so already."""
+        if turn.done():
+            self._dismiss(turn)
+            return
+        with self._lock:
+            if turn.token == 0:
+                return
             turn.token = 0
             turn.number = self.new_number()
-            self._join([turn], None)
+            self._enter(turn)  # it hears of a forget meanwhile
+        self._join([turn], None)
 
     # -- messages ---------------------------------------------------------------------------------
 
@@ -743,7 +756,7 @@ class RedisBackend(Wire):
         self._submit([_Request(_GIVE, shard, (f, f"{g}:{token}"), (token, name))])
         self.wake()
 
-    def _drop_lead(self, lead: _RedisLead) -> None:
+    def _drop_lead(self, lead: _RedisLead, _: object = None) -> None:
         with self._lock:
             self._leads.pop((lead.name, lead.token), None)
 
