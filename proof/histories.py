@@ -433,19 +433,31 @@ def _overlap(checked: _Checked) -> Iterator[Violation]:
         groups: dict[int, list[Call]] = defaultdict(list)
         for call in served:
             groups[call.process].append(call)
-        # In each process it was settled at one point; and a process had to join before it was
-        # settled in its own.
-        first = min(groups.values(), key=lambda calls: calls[0].process != execution.process)
-        at_home = first[0].process == execution.process
-        settled = min(call.ended or 0 for call in first)
-        for calls in groups.values():
-            latest = max(calls, key=lambda call: call.begun)
-            earliest = min(calls, key=lambda call: call.ended or 0)
+        home = groups.pop(execution.process, [])
+        for latest in home:
+            earliest = min(home, key=lambda call: call.ended or 0)
             if latest.begun > (earliest.ended or 0):
                 yield Violation("overlap", f"{latest} came after {earliest}")
-            pioneer = min(calls, key=lambda call: call.begun)
-            if at_home and pioneer.begun > settled:
-                yield Violation("overlap", f"{pioneer} came after it was settled: {execution}")
+        if home:
+            settled = min(call.ended or 0 for call in home)
+            for calls in groups.values():
+                yield from _overlap_abroad(checked, execution, calls, settled)
+
+
+def _overlap_abroad(
+    checked: _Checked, execution: Execution, calls: list[Call], settled: int
+) -> Iterator[Violation]:
+    """In another process an outcome may arrive late: until then it can be joined there.
+
+    So who comes after it was settled at home has met somebody who came before.
+    """
+    for call in calls:
+        if call.begun > settled and not any(
+            other.begun <= settled and (other.ended is None or other.ended >= call.begun)
+            for other in checked.by_key[call.key]
+            if other.process == call.process
+        ):
+            yield Violation("overlap", f"{call} came after it was settled: {execution}")
 
 
 def _waits(checked: _Checked) -> Iterator[Violation]:
@@ -598,6 +610,11 @@ def _ghosts(checked: _Checked, execution: Execution, served: Call) -> bool:
         call is not served
         and call.outcome in ghosts
         and call.begun <= (served.ended or 0)
-        and (call.ended is None or execution.ended is None or call.ended >= execution.ended)
+        and (
+            call.outcome is Outcome.CLOSED  # it waits until its coroutine is collected
+            or call.ended is None
+            or execution.ended is None
+            or call.ended >= execution.ended
+        )
         for call in checked.by_key[execution.key]
     )
