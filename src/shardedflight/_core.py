@@ -702,6 +702,26 @@ class Shard:
                 record.end = end
             return record, None
 
+    def exchange(self, record: Execution, heir: Any, loop: Any, other: Any) -> bool:
+        """`other` takes over instead of `heir`, which has not been told and waits again.
+
+        Args:
+            record: What they wait for.
+            heir: Who was chosen by `settle`.
+            loop: Its event loop, as for `join`.
+            other: One of those who wait.
+
+        Returns:
+            False if one of them has left.
+        """
+        with self.lock:
+            if record.leader is not heir or other not in record.waiters:
+                return False
+            del record.waiters[other]
+            record.waiters[heir] = loop
+            record.leader = other
+            return True
+
     def dismiss(self, seat: Seat) -> None:
         """Drops the record of an execution that has ended, once all have been woken.
 

@@ -37,7 +37,7 @@ from ._core import (
     register,
     settle_late,
 )
-from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code, pause
+from ._deadlock import begin_run, begin_wait, current_run, end_wait, held_up, leading_code, pause
 from ._future import FlightFuture
 from ._lock import SteadyLock
 from ._observe import (
@@ -53,6 +53,7 @@ from ._waiting import (
     TAKE_OVER,
     LoopRun,
     Sleeper,
+    Waiter,
     future_makers,
     loop_of,
     offer,
@@ -606,6 +607,8 @@ class ShardedFlight(Core):
                     wake_all(record)
                     shard.dismiss(seat)
                 return record
+            if held_up(heir):
+                heir = _exchanged(shard, record, heir)
             gone = partial(self._conclude, shard, h, seat, heir, End.LOST)
             if offer(record, heir, gone):
                 return record
@@ -633,7 +636,8 @@ class ShardedFlight(Core):
         for record in found:
             if record is None:
                 continue
-            if not self._leave(shard, record, waiter) and record.leader is waiter:
+            # It may be chosen to take over, and be exchanged for another one, at any time.
+            while not self._leave(shard, record, waiter) and record.leader is waiter:
                 self._conclude(shard, h, record.seat, waiter, End.LOST)
             if isinstance(record.seat, WatchedSeat):
                 record.seat.leave(waiter, Departure.CANCELLED)
@@ -786,6 +790,15 @@ class ShardedFlight(Core):
 
 
 # -- helpers --------------------------------------------------------------------------------------
+
+
+def _exchanged(shard: Shard, record: Execution, heir: Any) -> Any:
+    """Who takes over instead of one whose event loop is held up, maybe by this very execution."""
+    loop = None if isinstance(heir, Waiter) else heir.get_loop()
+    for other in list(record.waiters):
+        if not held_up(other) and shard.exchange(record, heir, loop, other):
+            return other
+    return heir
 
 
 def _check_backend(backend: object) -> None:
