@@ -51,7 +51,6 @@ def expected(mix: Mix, remote: int) -> dict[str, Range]:
     failed = list(_failed(history, leaving))
     cancelled = len(mix.cancelled)
     led_left = sum(call.outcome in _LEFT for call in calls if call.led)
-    forgets = len(history.forgets)
     return {
         "executions": Range(runs + remote, runs + remote + unbegun),
         "shared": Range(served - remote, served - remote + left),
@@ -62,13 +61,17 @@ def expected(mix: Mix, remote: int) -> dict[str, Range]:
         "promotions": Range(0, lost + unbegun),
         "timeouts": Range(timed_out, timed_out),
         "abandoned": Range(cancelled, led_left + unbegun) if leaving else Range(0, 0),
-        "forgotten": (
-            Range(0, forgets)
-            if leaving or mix.mood.meets
-            else Range(len(mix.forgot_itself), len(mix.forgot_itself))
-        ),
+        "forgotten": _forgotten(mix),
         "deadlocks": Range(refused, refused + (left if leaving else 0)),
     }
+
+
+def _forgotten(mix: Mix) -> Range:
+    if mix.mood.meets:  # forgotten by other processes, too
+        return Range(0, len(mix.history.calls))
+    if mix.mood.leaving:
+        return Range(0, len(mix.history.forgets))
+    return Range(len(mix.forgot_itself), len(mix.forgot_itself))
 
 
 def _failed(history: History, leaving: bool) -> Iterator[tuple[Execution, bool]]:

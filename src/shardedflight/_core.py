@@ -159,6 +159,7 @@ class Execution:
 
     __slots__ = (
         "abroad",
+        "announced",
         "attended",
         "end",
         "failure",
@@ -191,6 +192,8 @@ class Execution:
         #: The leader was lost and its heir has not begun; and who that leader was.
         self.inherited = False
         self.predecessor: Any = None
+        #: The heir has been told, or is being told.
+        self.announced = False
         #: Compiled, the place of the lead among those of its thread.
         self.serial: int = seat[2] if len(seat) > 2 else 0
         #: How it ended; None while it runs. From then on nobody joins or leaves; who wakes the
@@ -682,6 +685,7 @@ class Shard:
                 del waiters[heir]
                 record.attended = True
                 record.inherited = True
+                record.announced = False
                 record.predecessor = leader
                 record.leader = heir
                 return record, heir
@@ -702,25 +706,28 @@ class Shard:
                 record.end = end
             return record, None
 
-    def exchange(self, record: Execution, heir: Any, loop: Any, other: Any) -> bool:
-        """`other` takes over instead of `heir`, which has not been told and waits again.
+    def announce(self, record: Execution, heir: Any, loop: Any, other: Any) -> Any:
+        """Who is to be told that it takes over: from now on nobody else can be chosen.
 
         Args:
-            record: What they wait for.
+            record: What has lost its leader.
             heir: Who was chosen by `settle`.
             loop: Its event loop, as for `join`.
-            other: One of those who wait.
+            other: One of those who wait, that is to take over instead while `heir` waits again; or
+                None.
 
         Returns:
-            False if one of them has left.
+            The waiter. None if somebody else has told it, and it leads already.
         """
         with self.lock:
-            if record.leader is not heir or other not in record.waiters:
-                return False
-            del record.waiters[other]
-            record.waiters[heir] = loop
-            record.leader = other
-            return True
+            if record.leader is not heir or record.announced:
+                return record.leader if record.inherited else None
+            if other in record.waiters:
+                del record.waiters[other]
+                record.waiters[heir] = loop
+                record.leader = heir = other
+            record.announced = True
+            return heir
 
     def dismiss(self, seat: Seat) -> None:
         """Drops the record of an execution that has ended, once all have been woken.

@@ -48,7 +48,7 @@ from ._observe import (
     check_observer,
     departure_from,
 )
-from ._tier import CallersOwn, Tier, TierStats
+from ._tier import Absent, CallersOwn, Tier, TierStats
 from ._waiting import (
     TAKE_OVER,
     LoopRun,
@@ -308,7 +308,9 @@ class ShardedFlight(Core):
             return value, record is not None and record.shared
         except BaseException as error:
             try:
-                self._fail(shard, h, seat, leader, error)
+                if isinstance(error, Absent):
+                    self._conclude(shard, h, seat, leader, End.MISSING)
+                self._fail(shard, h, seat, leader, error)  # does nothing after another end
             except RecursionError:  # see Core.do
                 late.append((self._fail, (shard, h, seat, leader, error)))
                 start_new_thread(settle_late, ())
@@ -316,7 +318,8 @@ class ShardedFlight(Core):
                 self._fail(shard, h, seat, leader, error)
                 raise
             if isinstance(error, CallersOwn):
-                shard.count_timeout()
+                if not isinstance(error, Absent):
+                    shard.count_timeout()
                 raise error.own from None
             raise
         finally:
@@ -460,6 +463,8 @@ class ShardedFlight(Core):
                 run.result = value, False
         except BaseException as error:
             run.error = error.own if isinstance(error, CallersOwn) else error
+            if isinstance(error, Absent):
+                self._conclude(shard, h, seat, run, End.MISSING)
             if isinstance(error, GeneratorExit):  # see do_async
                 self._on_a_thread(self._fail, shard, h, seat, run, error)
             elif isinstance(error, RecursionError):  # see Core.do
@@ -607,8 +612,9 @@ class ShardedFlight(Core):
                     wake_all(record)
                     shard.dismiss(seat)
                 return record
-            if held_up(heir):
-                heir = _exchanged(shard, record, heir)
+            heir = _announced(shard, record, heir)
+            if heir is None:
+                return record
             gone = partial(self._conclude, shard, h, seat, heir, End.LOST)
             if offer(record, heir, gone):
                 return record
@@ -792,13 +798,14 @@ class ShardedFlight(Core):
 # -- helpers --------------------------------------------------------------------------------------
 
 
-def _exchanged(shard: Shard, record: Execution, heir: Any) -> Any:
-    """Who takes over instead of one whose event loop is held up, maybe by this very execution."""
-    loop = None if isinstance(heir, Waiter) else heir.get_loop()
-    for other in list(record.waiters):
-        if not held_up(other) and shard.exchange(record, heir, loop, other):
-            return other
-    return heir
+def _announced(shard: Shard, record: Execution, heir: Any) -> Any:
+    """Who takes over: another one if `heir` can not, for its loop is held up, maybe by this."""
+    loop = other = None
+    if held_up(heir):
+        loop = None if isinstance(heir, Waiter) else heir.get_loop()
+        able = (waiter for waiter in list(record.waiters) if not held_up(waiter))
+        other = next(able, None)
+    return shard.announce(record, heir, loop, other)
 
 
 def _check_backend(backend: object) -> None:

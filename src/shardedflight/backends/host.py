@@ -144,7 +144,8 @@ class _HostTurn(Turn):
 
     def joinable(self) -> bool:
         file = self.file
-        return file is None or file.fd < 0 or file.named()
+        # Closed once the leader has ended: a forget that comes then finds nothing to forget.
+        return file is None or (file.fd >= 0 and file.named())
 
 
 class _Watch:
