@@ -360,7 +360,8 @@ class Mix:
         call: Call = future.call  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         if call.leaving is None:
             call.leaving = time.monotonic_ns()
-        future.cancel()
+        if future.cancel():
+            call.ended = time.monotonic_ns()  # its callbacks came before it had left
 
     def _call_coalesced(self, random: Random) -> None:
         name = random.choice("xyz")
