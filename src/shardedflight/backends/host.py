@@ -355,6 +355,9 @@ class HostBackend(Wire):
             turns = self._unwatch(watch)
             sealed = _read_outcome(file.fd)
             lost = sealed is None and os.fstat(file.fd).st_mode & 0o777 != _ENDED
+            if sealed is None:  # they begin anew
+                for turn in turns:
+                    turn.file = None
             if lost:
                 fcntl.flock(file.fd, fcntl.LOCK_UN)  # two that hold it both would never get it
                 fcntl.flock(file.fd, fcntl.LOCK_EX)
