@@ -28,7 +28,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["RULES", "Call", "End", "Execution", "Forget", "History", "Outcome", "Violation", "check"]
+__all__ = [
+    "RULES",
+    "Call",
+    "End",
+    "Execution",
+    "Forget",
+    "History",
+    "Outcome",
+    "Violation",
+    "check",
+]
 
 #: What `check` compares a history with, by the names that violations have.
 RULES = {
@@ -40,7 +50,7 @@ RULES = {
     "forget": "who comes after a forget gets nothing that was begun before it",
     "own": "whose function runs, it runs once, and its outcome is the caller's own",
     "lost": "what happens to a lost leader happens to nobody else",
-    "same": "followers get the very value, and an exception that is like the leader's",
+    "same": "followers in its process get the very value, and exceptions like the leader's",
     "shared": "`shared` tells, to all alike, whether more than one caller was served",
 }
 
@@ -261,7 +271,7 @@ class History:
         execution = self.executions.get(number) if isinstance(number, int) else None
         if number is None:
             call.flaw = f"the value is {value!r}"
-        elif execution is not None and execution.thing is not value:
+        elif execution is not None and execution.thing is not value and not self.plain:
             call.flaw = "the value is not the very object"
 
     def raised(self, call: Call, error: BaseException, *, replica: bool = False) -> None:
@@ -272,6 +282,8 @@ class History:
         if execution is None or not isinstance(execution.thing, NamedError):
             return
         original = execution.thing
+        if type(error) is not type(original) and self.plain:
+            return  # it has come back from the backend, as to any other process
         if call.source in call.led and not replica:
             if error is not original:
                 call.flaw = "the leader's exception is not the very object"
@@ -433,15 +445,17 @@ def _overlap(checked: _Checked) -> Iterator[Violation]:
         groups: dict[int, list[Call]] = defaultdict(list)
         for call in served:
             groups[call.process].append(call)
-        home = groups.pop(execution.process, [])
+        home = groups.get(execution.process, [])
+        if checked.abroad:
+            # Of one process, too: who waits in a forgotten execution may follow the next one.
+            settled = min((call.ended or 0 for call in home), default=0)
+            for calls in groups.values() if home else ():
+                yield from _overlap_abroad(checked, execution, calls, settled)
+            continue
         for latest in home:
             earliest = min(home, key=lambda call: call.ended or 0)
             if latest.begun > (earliest.ended or 0):
                 yield Violation("overlap", f"{latest} came after {earliest}")
-        if home:
-            settled = min(call.ended or 0 for call in home)
-            for calls in groups.values():
-                yield from _overlap_abroad(checked, execution, calls, settled)
 
 
 def _overlap_abroad(

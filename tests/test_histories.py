@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from proof.histories import (
     RULES,
     Call,
@@ -20,6 +19,7 @@ from proof.histories import (
     Outcome,
     check,
 )
+
 from shardedflight import ShardedFlight
 
 pytestmark = pytest.mark.once
@@ -56,7 +56,9 @@ class Script:
             if call.outcome is not Outcome.VALUE:
                 call.shared = None
 
-    def leave(self, call: Call, outcome: Outcome = Outcome.LEFT, leaving: int | None = None) -> Call:
+    def leave(
+        self, call: Call, outcome: Outcome = Outcome.LEFT, leaving: int | None = None
+    ) -> Call:
         call.answers, call.outcome, call.leaving = 1, outcome, leaving
         return call
 
@@ -399,9 +401,7 @@ def linearizable(script: Script) -> bool:
     )
     for settled in itertools.product(points, repeat=len(executions)):
         ends = dict(zip((e.number for e in executions), settled, strict=True))
-        if all(
-            (e.ended or 0) <= ends[e.number] for e in executions
-        ) and all(
+        if all((e.ended or 0) <= ends[e.number] for e in executions) and all(
             call.source in ends and call.begun <= ends[call.source] <= (call.ended or 0)
             for call in history.calls
         ):

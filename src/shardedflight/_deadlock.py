@@ -297,7 +297,7 @@ def held_up(waiter: Any) -> bool:
     if not _held_up:
         return False
     loop = loop_of(waiter)
-    return loop is not None and any([held is loop for held in list(_held_up.values())])
+    return loop is not None and loop in list(_held_up.values())
 
 
 def _thread_running(loop: asyncio.AbstractEventLoop) -> int | None:
