@@ -164,13 +164,22 @@ class Execution:
 
 @dataclass(slots=True, eq=False)
 class Forget:
-    """One call of `forget`. `everywhere`: it has told all processes before it returned."""
+    """One call of `forget`.
+
+    Attributes:
+        key: As text.
+        process: In which process.
+        begun: When it was made.
+        ended: When it returned.
+        scope: Whom it holds for when it has returned: "all"; or "process", those who call in its
+            process; or "nobody" yet.
+    """
 
     key: str
     process: int
     begun: int
     ended: int | None = None
-    everywhere: bool = True
+    scope: str = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,9 +319,9 @@ class History:
         call.answers += 1
         call.outcome = outcome
 
-    def forget(self, key: str, *, everywhere: bool = True) -> Forget:
+    def forget(self, key: str, scope: str = "all") -> Forget:
         """`forget` is about to be called; who calls it sets `ended` afterwards."""
-        forget = Forget(key, self.process, time.monotonic_ns(), everywhere=everywhere)
+        forget = Forget(key, self.process, time.monotonic_ns(), scope=scope)
         self.forgets.append(forget)
         return forget
 
@@ -557,9 +566,9 @@ def _forget(checked: _Checked) -> Iterator[Violation]:
             if execution is None:
                 continue
             for forget in forgets:
-                if forget.ended is None or not (
-                    forget.everywhere or forget.process == call.process == execution.process
-                ):
+                if forget.ended is None or forget.scope == "nobody":
+                    continue
+                if forget.scope == "process" and forget.process != call.process:
                     continue
                 if execution.begun < forget.begun and forget.ended < call.begun:
                     yield Violation(

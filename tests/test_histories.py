@@ -362,7 +362,11 @@ def test_a_forget_holds_in_all_processes() -> None:
     third = Script(3, plain=True)
     third.forget(4, 6)
     assert first.rules(second, third) == ["forget"]
-    third.history.forgets[0].everywhere = False
+    third.history.forgets[0].scope = "process"
+    assert first.rules(second, third) == []
+    third.history.forgets[0].process = 2
+    assert first.rules(second, third) == ["forget"]
+    third.history.forgets[0].scope = "nobody"
     assert first.rules(second, third) == []
 
 

@@ -389,8 +389,14 @@ class Mix:
         return self._finish(execution, plan, Random(name))
 
     def _forget(self, key: Key) -> None:
-        everywhere = asyncio._get_running_loop() is None
-        forget = self.history.forget(key.text, everywhere=everywhere)
+        # An event loop's thread does not wait for the backend; and other processes hear later of
+        # what a server was told.
+        scope = "all"
+        if self.mood.meets and asyncio._get_running_loop() is not None:
+            scope = "nobody"
+        elif self.mood.meets and self.mood.name != "host":
+            scope = "process"
+        forget = self.history.forget(key.text, scope)
         self.flight.forget(*key.parts)
         forget.ended = time.monotonic_ns()
 

@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import shardedflight
 from proof.histories import History, Outcome, check
@@ -175,7 +175,12 @@ class _Worker:
         flights = [weakref.ref(flight) for flight in (*self.flights, *self.meeting.values())]
         names = [repr(flight()) for flight in flights]
         self.flights.clear()
+        backends = [flight._tier for flight in self.meeting.values()]
         self.meeting.clear()
+        for tier in filter(None, backends):
+            cast("Any", tier.backend).close()
+        backends.clear()
+        tier = None
         deadline = time.monotonic() + PATIENCE
         while True:
             found = census()
