@@ -1340,3 +1340,26 @@ def test_a_blocking_call_for_what_a_coroutine_of_its_loop_is_about_to_lead() -> 
     assert spawn_loop(main).result(PATIENCE) == ("of the task", False)
     assert flight.stats().deadlocks == 1
     assert flight.in_flight() == flight.stats().waiting == 0
+
+
+def test_what_runs_is_listed_while_the_collector_lets_others_change_it() -> None:
+    """Section 4: who looks for what a closed loop has led shall not fail half-way."""
+    flight = ShardedFlight(1)
+    flight.do(lambda: None, "k")
+    (shard,) = flight._made_shards()
+    shard.overflow.update({number: [(f"k{number}", 1)] for number in range(100)})
+
+    def grow(phase: str, info: Any) -> None:
+        number = len(shard.overflow)
+        shard.overflow[number] = [(f"k{number}", 1)]
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(grow)
+    gc.set_threshold(1)
+    try:
+        for _ in range(20):
+            assert len(shard.executions()) >= 100
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(grow)
+        shard.overflow.clear()

@@ -389,13 +389,10 @@ class Mix:
         return self._finish(execution, plan, Random(name))
 
     def _forget(self, key: Key) -> None:
-        # An event loop's thread does not wait for the backend; and other processes hear later of
-        # what a server was told.
+        # Other processes hear of it a moment later; and an event loop's thread does not wait.
         scope = "all"
-        if self.mood.meets and asyncio._get_running_loop() is not None:
-            scope = "nobody"
-        elif self.mood.meets and self.mood.name != "host":
-            scope = "process"
+        if self.mood.meets:
+            scope = "process" if asyncio._get_running_loop() is None else "nobody"
         forget = self.history.forget(key.text, scope)
         self.flight.forget(*key.parts)
         forget.ended = time.monotonic_ns()

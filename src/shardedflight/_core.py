@@ -311,7 +311,8 @@ class Shard:
         """All seats in the table, with the hashes of their keys."""
         if COMPILED:
             return line_seats(self._line)
-        return list(self.table.items())
+        # A copy is made in one step. A list of pairs is not: each pair may start the collector.
+        return list(self.table.copy().items())
 
     def count(self) -> None:
         """One more execution has started."""
@@ -403,7 +404,7 @@ class Shard:
     def executions(self) -> list[tuple[int, Seat]]:
         """Those that run now, with the hashes of their keys."""
         found = self.seats()
-        for h, group in list(self.overflow.items()):
+        for h, group in self.overflow.copy().items():
             found += [(h, seat) for seat in group]
         return found
 

@@ -209,7 +209,7 @@ class Watch:
         with _lock:
             waits = [
                 (future, *wait)
-                for future, wait in list(self.waits.items())
+                for future, wait in self.waits.copy().items()
                 if self._watched(run, future, wait[0]) and not future.done()
             ]
             if run.task is None or not waits:
@@ -302,7 +302,7 @@ def held_up(waiter: Any) -> bool:
 
 def _thread_running(loop: asyncio.AbstractEventLoop) -> int | None:
     """The thread that runs `loop`, if it is blocked."""
-    for thread, held in list(_held_up.items()):
+    for thread, held in _held_up.copy().items():
         if held is loop:
             return thread
     return None

@@ -342,12 +342,8 @@ class Tier:
         name = self.name(seat[0])
         reject = 0
         for _ in range(ATTEMPTS):
-            while True:
-                (turn,) = self.backend.join([(name, reject)], here)
-                self._abroad[id(seat)] = (name, turn)
-                if not _overtaken(turn):
-                    break
-                turn.leave()
+            (turn,) = self.backend.join([(name, reject)], here)
+            self._abroad[id(seat)] = (name, turn)
             yield [turn]
             won = self._won(turn)
             if not isinstance(won, Sealed):
@@ -428,16 +424,6 @@ class Tier:
         if isinstance(turn, Lead) and not turn.ended:
             turn.ended = True
             self.backend.give_up(turn)
-
-
-def _overtaken(turn: Turn) -> bool:
-    """What it follows was forgotten before others here could know that it is followed.
-
-    So some may have joined here who came after the forget: for them it has to begin anew.
-    """
-    if turn.joinable():
-        return False
-    return not turn.done() or (turn.exception() is None and isinstance(turn.result(), Sealed))
 
 
 def _read(outcome: Outcome, seat: Seat) -> Any:
@@ -605,10 +591,6 @@ class Party:
         for member, name, turn in zip(members, names, turns, strict=True):
             self._turns[member] = turn
             tier._abroad[id(member.seat)] = (name, turn)
-        for member, token in zip(members, rejected, strict=True):
-            if _overtaken(self._turns[member]):
-                self._turns[member].leave()
-                self._join([member], [token])
 
     def next(self, settle: Callable[[Any, Outcome], None]) -> Steps[list[Any]]:
         """Waits for the next keys for which the function is to run here; none: all are decided.
