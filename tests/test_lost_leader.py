@@ -1347,19 +1347,19 @@ def test_what_runs_is_listed_while_the_collector_lets_others_change_it() -> None
     flight = ShardedFlight(1)
     flight.do(lambda: None, "k")
     (shard,) = flight._made_shards()
-    shard.overflow.update({number: [(f"k{number}", 1)] for number in range(100)})
+    shard.overflow.update({number: [(f"k{number}", 1)] for number in range(5000)})
 
-    def grow(phase: str, info: Any) -> None:
-        number = len(shard.overflow)
-        shard.overflow[number] = [(f"k{number}", 1)]
+    def change(phase: str, info: Any) -> None:
+        if phase == "start" and shard.overflow.pop(-1, None) is None:
+            shard.overflow[-1] = [("more", 1)]
 
     threshold = gc.get_threshold()
-    gc.callbacks.append(grow)
-    gc.set_threshold(1)
+    gc.callbacks.append(change)
+    gc.set_threshold(1, 1_000_000)  # often, and only the young: tuples of two have a free list
     try:
-        for _ in range(20):
-            assert len(shard.executions()) >= 100
+        for _ in range(3):
+            assert len(shard.executions()) >= 5000
     finally:
         gc.set_threshold(*threshold)
-        gc.callbacks.remove(grow)
+        gc.callbacks.remove(change)
         shard.overflow.clear()
