@@ -628,8 +628,10 @@ def _shared(checked: _Checked) -> Iterator[Violation]:
 
 def _ghosts(checked: _Checked, execution: Execution, served: Call) -> bool:
     """Whether somebody may have been counted as served who has left, or was not told."""
-    # In another process a call that was counted may have turned to a newer execution.
+    # A backend counts processes that have followed; those whom they followed for may have left
+    # before the end, or have turned to a newer execution.
     ghosts = tuple(Outcome) if checked.abroad else _GHOSTS
+    since = execution.invoked if checked.abroad else execution.ended
     return any(
         call is not served
         and call.outcome in ghosts
@@ -637,8 +639,8 @@ def _ghosts(checked: _Checked, execution: Execution, served: Call) -> bool:
         and (
             call.outcome is Outcome.CLOSED  # it waits until its coroutine is collected
             or call.ended is None
-            or execution.ended is None
-            or call.ended >= execution.ended
+            or since is None
+            or call.ended >= since
         )
         for call in checked.by_key[execution.key]
     )
