@@ -21,6 +21,7 @@ from test_tiers import marks
 from tier_support import Worker
 
 from shardedflight import BackendError, FlightErrorGroup, ShardedFlight, coalesce
+from shardedflight._tier import Turn
 from shardedflight.backends import fencing_token
 
 if os.name == "nt":
@@ -52,6 +53,37 @@ def start(directory: Path) -> Iterator[Callable[[int], list[Worker]]]:
 
 def files(directory: Path) -> list[Path]:
     return list(directory.glob("?" * 40))
+
+
+def test_an_outcome_that_is_on_its_way_is_not_joined_after_a_forget(
+    directory: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 6: the other process has ended; who comes after a forget begins anew all the same."""
+    (worker,) = start(1)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    leader = worker.call("do", "k")
+    leader.runs()
+    follower = spawn(flight.do, lambda: "not run", "k")
+    eventually(lambda: marks(directory) == 1)
+    told, tell = threading.Event(), threading.Event()
+    real = Turn.settle
+
+    def settle(turn: Turn, won: Any) -> bool:
+        if not told.is_set():
+            told.set()
+            assert tell.wait(PATIENCE)
+        return real(turn, won)
+
+    monkeypatch.setattr(Turn, "settle", settle)
+    leader.let_return("old")
+    leader.ends()
+    assert told.wait(PATIENCE)
+    worker.forget("k")
+    try:
+        assert flight.do(lambda: "new", "k", timeout=5)[0] == "new"
+    finally:
+        tell.set()
+    assert follower.result(PATIENCE) == ("old", True)
 
 
 def test_a_killed_leader_is_replaced_within_50_ms(directory: Path, start: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 
-from shardedflight import FlightTimeout, ShardedFlight
+from shardedflight import DeadlockError, FlightTimeout, ShardedFlight
 
 KINDS = ("thread", "task", "future")
 
@@ -1275,3 +1275,116 @@ def test_hand_over_leaves_other_keys_of_the_shard_alone() -> None:
         assert isinstance(leaders[key].exception(PATIENCE), Lost)
         assert followers[key].result(PATIENCE) == (f"own {key}", False)
     assert_clean(flight, "b")
+
+
+# A follower that can not begin: its event loop's thread is blocked, by the flight itself.
+
+
+def lose_when_told(flight: ShardedFlight, key: str) -> "tuple[threading.Event, Future[Any]]":
+    """A thread that leads, and is lost once the event is set."""
+    lose = threading.Event()
+    leader = spawn(flight.do, Work(Lost(), lose).plain, key)
+    eventually(lambda: flight.in_flight() == 1)
+    return lose, leader
+
+
+async def followed(flight: ShardedFlight, key: str, number: int = 1) -> "asyncio.Task[Any]":
+    """A task that follows, as one of so many."""
+    work = Work("of the task")
+    assert work.gate is None
+    task = asyncio.create_task(flight.do_async(work.coroutine, key))
+    await eventually_async(lambda: flight.stats().waiting == number)
+    return task
+
+
+def test_a_coroutine_is_passed_over_whose_loop_is_blocked_by_the_same_execution() -> None:
+    """Section 4: "no key is ever stuck": the blocked call itself takes over."""
+    flight = ShardedFlight()
+    lose, leader = lose_when_told(flight, "k")
+
+    def lose_when_both_wait() -> None:
+        eventually(lambda: flight.stats().waiting == 2)
+        lose.set()
+
+    async def main() -> Any:
+        task = await followed(flight, "k")
+        helper = spawn(lose_when_both_wait)
+        blocking = flight.do(lambda: "of the blocked call", "k")
+        helper.result(PATIENCE)
+        return blocking, await task
+
+    assert spawn_loop(main).result(PATIENCE) == (("of the blocked call", True),) * 2
+    assert isinstance(leader.exception(PATIENCE), Lost)
+    assert flight.stats().promotions == 1
+    assert flight.in_flight() == flight.stats().waiting == 0
+
+
+def test_a_coroutine_is_passed_over_whose_loop_is_blocked_by_way_of_another_key() -> None:
+    """Section 4: a coroutine of another loop, without which the blocked one can not go on."""
+    flight = ShardedFlight()
+    lose, leader = lose_when_told(flight, "k")
+    first = threading.Event()
+
+    async def lead_another() -> Any:
+        async def function() -> Any:
+            await eventually_async(first.is_set)
+            return await flight.do_async(Work("of the other loop").coroutine, "k")
+
+        return await flight.do_async(function, "other")
+
+    async def main() -> Any:
+        other = spawn_loop(lead_another)
+        task = await followed(flight, "k")
+        first.set()
+        await eventually_async(lambda: flight.stats().waiting == 2)
+        helper = spawn(lambda: (eventually(lambda: flight.stats().waiting == 3), lose.set()))
+        blocking = flight.do(lambda: "not run", "other")
+        helper.result(PATIENCE)
+        return blocking, await task, await asyncio.wrap_future(other)
+
+    served = ("of the other loop", True)
+    assert spawn_loop(main).result(PATIENCE) == ((served, True), served, (served, True))
+    assert isinstance(leader.exception(PATIENCE), Lost)
+    assert flight.in_flight() == flight.stats().waiting == 0
+
+
+def test_a_blocking_call_for_what_a_coroutine_of_its_loop_is_about_to_lead() -> None:
+    """Section 7: it would stop the event loop that the heir needs to begin."""
+    flight = ShardedFlight()
+    lose, leader = lose_when_told(flight, "k")
+
+    async def main() -> Any:
+        task = await followed(flight, "k")
+        lose.set()
+        leader.exception(PATIENCE)  # this loop stands still meanwhile, so the heir has not begun
+        with pytest.raises(DeadlockError) as caught:
+            flight.do(lambda: "not run", "k")
+        assert caught.value.keys == ("k",)
+        return await task
+
+    assert spawn_loop(main).result(PATIENCE) == ("of the task", False)
+    assert flight.stats().deadlocks == 1
+    assert flight.in_flight() == flight.stats().waiting == 0
+
+
+def test_what_runs_is_listed_while_the_collector_lets_others_change_it() -> None:
+    """Section 4: who looks for what a closed loop has led shall not fail half-way."""
+    flight = ShardedFlight(1)
+    flight.do(lambda: None, "k")
+    (shard,) = flight._made_shards()
+    shard.overflow.update({number: [(f"k{number}", 1)] for number in range(5000)})
+
+    def change(phase: str, info: Any) -> None:
+        if phase == "start" and shard.overflow.pop(-1, None) is None:
+            shard.overflow[-1] = [("more", 1)]
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(change)
+    gc.set_threshold(1, 1_000_000)  # often, and only the young: tuples of two have a free list
+    try:
+        for _ in range(3):
+            assert len(shard.executions()) >= 5000
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(change)
+        shard.overflow.clear()

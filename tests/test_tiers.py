@@ -256,6 +256,24 @@ def test_a_key_that_many_do_not_find_is_missing_everywhere(tier: Any, start: Any
     assert missing.ends()["error"] == "KeyError"
 
 
+@pytest.mark.parametrize("how", ["do", "do_async", "do_future"])
+def test_a_missing_key_is_absent_for_many_that_joined_a_caller_of_their_process(
+    tier: Any, start: Any, how: str
+) -> None:
+    """Section 8: their answer lacks it, and it is no error, whoever asked the other process."""
+    first, second = start(2)
+    leader = first.call("do_many", "k")
+    leader.runs()
+    asks = second.call(how, "k")
+    eventually(lambda: tier.followers() == 1)
+    many = second.call("do_many", "k")
+    eventually(lambda: second.stats()["waiting"] == 1)
+    leader.let_return([])
+    assert asks.ends()["error"] == "KeyError"
+    assert many.ends()["value"] == []
+    assert second.stats()["errors"] == 0
+
+
 @pytest.mark.parametrize("how", ["do_many", "do_many_async"])
 def test_many_run_their_function_once_for_what_nobody_leads(
     tier: Any, start: Any, how: str

@@ -159,6 +159,7 @@ class Execution:
 
     __slots__ = (
         "abroad",
+        "announced",
         "attended",
         "end",
         "failure",
@@ -191,6 +192,8 @@ class Execution:
         #: The leader was lost and its heir has not begun; and who that leader was.
         self.inherited = False
         self.predecessor: Any = None
+        #: The heir has been told, or is being told.
+        self.announced = False
         #: Compiled, the place of the lead among those of its thread.
         self.serial: int = seat[2] if len(seat) > 2 else 0
         #: How it ended; None while it runs. From then on nobody joins or leaves; who wakes the
@@ -308,7 +311,8 @@ class Shard:
         """All seats in the table, with the hashes of their keys."""
         if COMPILED:
             return line_seats(self._line)
-        return list(self.table.items())
+        # A copy is made in one step. A list of pairs is not: each pair may start the collector.
+        return list(self.table.copy().items())
 
     def count(self) -> None:
         """One more execution has started."""
@@ -400,7 +404,7 @@ class Shard:
     def executions(self) -> list[tuple[int, Seat]]:
         """Those that run now, with the hashes of their keys."""
         found = self.seats()
-        for h, group in list(self.overflow.items()):
+        for h, group in self.overflow.copy().items():
             found += [(h, seat) for seat in group]
         return found
 
@@ -682,6 +686,7 @@ class Shard:
                 del waiters[heir]
                 record.attended = True
                 record.inherited = True
+                record.announced = False
                 record.predecessor = leader
                 record.leader = heir
                 return record, heir
@@ -701,6 +706,29 @@ class Shard:
                 record.joinable = False
                 record.end = end
             return record, None
+
+    def announce(self, record: Execution, heir: Any, loop: Any, other: Any) -> Any:
+        """Who is to be told that it takes over: from now on nobody else can be chosen.
+
+        Args:
+            record: What has lost its leader.
+            heir: Who was chosen by `settle`.
+            loop: Its event loop, as for `join`.
+            other: One of those who wait, that is to take over instead while `heir` waits again; or
+                None.
+
+        Returns:
+            The waiter. None if somebody else has told it, and it leads already.
+        """
+        with self.lock:
+            if record.leader is not heir or record.announced:
+                return record.leader if record.inherited else None
+            if other in record.waiters:
+                del record.waiters[other]
+                record.waiters[heir] = loop
+                record.leader = heir = other
+            record.announced = True
+            return heir
 
     def dismiss(self, seat: Seat) -> None:
         """Drops the record of an execution that has ended, once all have been woken.

@@ -43,7 +43,7 @@ from ._core import (
     public_key,
 )
 from ._lock import SteadyLock
-from ._waiting import LoopRun
+from ._waiting import LoopRun, loop_of
 from .exceptions import DeadlockError
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "check_wait",
     "current_run",
     "end_wait",
+    "held_up",
     "leading_code",
     "pause",
 ]
@@ -67,6 +68,8 @@ leading_code: set[types.CodeType] = set() if compiled else {Core.do.__code__}
 _lock = SteadyLock()
 #: What a blocked thread waits for, by its ident.
 _blocked: dict[int | None, Sequence[Any]] = {}
+#: The event loops that such threads were running, by the same.
+_held_up: dict[int, asyncio.AbstractEventLoop] = {}
 
 
 @types.coroutine
@@ -101,12 +104,16 @@ def begin_wait(
         if future is None:
             task = None
             me = get_ident()
+            loop = asyncio._get_running_loop()
+            if loop is not None:
+                _held_up[me] = loop
             _blocked[me] = executions
             _blocked.pop(None, None)  # writes take the dict's lock: see _core on fences
-            # Whoever closes a cycle later sees the entry: now only a leader that waits can.
+            # Whoever closes a cycle later sees the entry: now only a leader that waits can, or one
+            # that is to take over on an event loop.
             if len(executions) == 1:
                 leader = executions[0].leader
-                if not isinstance(leader, LoopRun):
+                if loop_of(leader) is None:
                     thread = _thread_of(leader)
                     if thread != me and thread not in _blocked:
                         return
@@ -204,7 +211,7 @@ class Watch:
         with _lock:
             waits = [
                 (future, *wait)
-                for future, wait in list(self.waits.items())
+                for future, wait in self.waits.copy().items()
                 if self._watched(run, future, wait[0]) and not future.done()
             ]
             if run.task is None or not waits:
@@ -273,11 +280,34 @@ def _find_cycle(
 def end_wait(future: "asyncio.Future[Any] | None" = None) -> None:
     """Ends what `begin_wait` began."""
     if future is None:
-        _blocked.pop(get_ident(), None)
+        me = get_ident()
+        _blocked.pop(me, None)
+        if _held_up:
+            _held_up.pop(me, None)
     else:
         run = current_run.get()
         if run is not None and run.watch is not None:
             run.watch.leave(run, future)
+
+
+def held_up(waiter: Any) -> bool:
+    """Whether the event loop of `waiter` can not go on before its thread's own wait has ended.
+
+    Asked after `waiter` was written down as the leader, as a thread asks for the leader after it
+    was written down as blocked: so one of the two learns of the other.
+    """
+    if not _held_up:
+        return False
+    loop = loop_of(waiter)
+    return loop is not None and loop in list(_held_up.values())
+
+
+def _thread_running(loop: asyncio.AbstractEventLoop) -> int | None:
+    """The thread that runs `loop`, if it is blocked."""
+    for thread, held in _held_up.copy().items():
+        if held is loop:
+            return thread
+    return None
 
 
 def _path_back(
@@ -295,7 +325,7 @@ def _path_back(
     thread = get_ident()
     if len(executions) == 1:  # the usual case, quickly: a leader that waits for nothing
         leader = executions[0].leader
-        if not isinstance(leader, LoopRun):
+        if loop_of(leader) is None:
             leader = _thread_of(leader)
             if leader != thread and leader not in _blocked:
                 return None
@@ -329,7 +359,14 @@ def _path_back(
             seen.add(leader)
             needed = [*_blocked.get(loop_thread, ()), *_waits(leader)]
         else:
-            continue  # it is about to begin, or to be replaced: it waits for nothing
+            # It is about to begin, or to be replaced: it waits for nothing but its event loop.
+            loop = loop_of(leader)
+            blocked = None if loop is None else _thread_running(loop)
+            if blocked is None:
+                continue
+            if task is None and blocked == thread:
+                return _unchained(chain)
+            needed = _blocked.get(blocked, ())
         stack += [(e, chain) for e in needed]
     harmless |= seen
     return None
@@ -432,7 +469,7 @@ def _told_by(callback: Any) -> Any:
 def _error(
     path: list[Execution], task: "asyncio.Task[Any] | None", first: Sequence[Seat]
 ) -> DeadlockError:
-    if task is None and isinstance(path[-1].leader, LoopRun):
+    if task is None and loop_of(path[-1].leader) is not None:
         keys = tuple(execution.key for execution in path)
         names = " -> ".join(map(repr, keys))
         return DeadlockError(
@@ -498,6 +535,7 @@ def _after_fork_in_child() -> None:
     global _lock
     _lock = SteadyLock()
     _blocked.clear()
+    _held_up.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -37,7 +37,7 @@ from ._core import (
     register,
     settle_late,
 )
-from ._deadlock import begin_run, begin_wait, current_run, end_wait, leading_code, pause
+from ._deadlock import begin_run, begin_wait, current_run, end_wait, held_up, leading_code, pause
 from ._future import FlightFuture
 from ._lock import SteadyLock
 from ._observe import (
@@ -48,11 +48,12 @@ from ._observe import (
     check_observer,
     departure_from,
 )
-from ._tier import CallersOwn, Tier, TierStats
+from ._tier import Absent, CallersOwn, Tier, TierStats
 from ._waiting import (
     TAKE_OVER,
     LoopRun,
     Sleeper,
+    Waiter,
     future_makers,
     loop_of,
     offer,
@@ -307,7 +308,9 @@ class ShardedFlight(Core):
             return value, record is not None and record.shared
         except BaseException as error:
             try:
-                self._fail(shard, h, seat, leader, error)
+                if isinstance(error, Absent):
+                    self._conclude(shard, h, seat, leader, End.MISSING)
+                self._fail(shard, h, seat, leader, error)  # does nothing after another end
             except RecursionError:  # see Core.do
                 late.append((self._fail, (shard, h, seat, leader, error)))
                 start_new_thread(settle_late, ())
@@ -315,7 +318,8 @@ class ShardedFlight(Core):
                 self._fail(shard, h, seat, leader, error)
                 raise
             if isinstance(error, CallersOwn):
-                shard.count_timeout()
+                if not isinstance(error, Absent):
+                    shard.count_timeout()
                 raise error.own from None
             raise
         finally:
@@ -459,6 +463,8 @@ class ShardedFlight(Core):
                 run.result = value, False
         except BaseException as error:
             run.error = error.own if isinstance(error, CallersOwn) else error
+            if isinstance(error, Absent):
+                self._conclude(shard, h, seat, run, End.MISSING)
             if isinstance(error, GeneratorExit):  # see do_async
                 self._on_a_thread(self._fail, shard, h, seat, run, error)
             elif isinstance(error, RecursionError):  # see Core.do
@@ -606,6 +612,9 @@ class ShardedFlight(Core):
                     wake_all(record)
                     shard.dismiss(seat)
                 return record
+            heir = _announced(shard, record, heir)
+            if heir is None:
+                return record
             gone = partial(self._conclude, shard, h, seat, heir, End.LOST)
             if offer(record, heir, gone):
                 return record
@@ -633,7 +642,8 @@ class ShardedFlight(Core):
         for record in found:
             if record is None:
                 continue
-            if not self._leave(shard, record, waiter) and record.leader is waiter:
+            # It may be chosen to take over, and be exchanged for another one, at any time.
+            while not self._leave(shard, record, waiter) and record.leader is waiter:
                 self._conclude(shard, h, record.seat, waiter, End.LOST)
             if isinstance(record.seat, WatchedSeat):
                 record.seat.leave(waiter, Departure.CANCELLED)
@@ -786,6 +796,16 @@ class ShardedFlight(Core):
 
 
 # -- helpers --------------------------------------------------------------------------------------
+
+
+def _announced(shard: Shard, record: Execution, heir: Any) -> Any:
+    """Who takes over: another one if `heir` can not, for its loop is held up, maybe by this."""
+    loop = other = None
+    if held_up(heir):
+        loop = None if isinstance(heir, Waiter) else heir.get_loop()
+        able = (waiter for waiter in list(record.waiters) if not held_up(waiter))
+        other = next(able, None)
+    return shard.announce(record, heir, loop, other)
 
 
 def _check_backend(backend: object) -> None:

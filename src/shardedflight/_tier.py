@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FENCED",
+    "Absent",
     "CallersOwn",
     "Lead",
     "Outcome",
@@ -163,6 +164,10 @@ class CallersOwn(BaseException):
         self.own = own
 
 
+class Absent(CallersOwn):
+    """Another process has found nothing for the key: the execution ends so for all its callers."""
+
+
 @dataclass(frozen=True, slots=True)
 class TierStats:
     """Running totals of what a flight did at its backend: `Stats` says what each is."""
@@ -267,6 +272,7 @@ class Tier:
             deadline: When a caller leaves that follows another process, by `time.monotonic`.
 
         Raises:
+            Absent: Another process has found nothing.
             CallersOwn: The deadline has passed.
             Exception: What `fn` raised; `RemoteError` if it was raised in another process.
         """
@@ -301,6 +307,7 @@ class Tier:
         """`lead`, in the task of an execution.
 
         Raises:
+            Absent: Another process has found nothing.
             CallersOwn: What `fn` returned can not be awaited.
             Exception: What the awaitable raised; `RemoteError` if that was in another process.
         """
@@ -422,7 +429,7 @@ class Tier:
 def _read(outcome: Outcome, seat: Seat) -> Any:
     if outcome.end is End.VALUE:
         return outcome.value
-    error = outcome.value if outcome.end is End.ERROR else KeyError(public_key(seat[0]))
+    error = outcome.value if outcome.end is End.ERROR else Absent(KeyError(public_key(seat[0])))
     try:
         raise error
     finally:

@@ -144,7 +144,8 @@ class _HostTurn(Turn):
 
     def joinable(self) -> bool:
         file = self.file
-        return file is None or file.fd < 0 or file.named()
+        # Closed once the leader has ended: a forget that comes then finds nothing to forget.
+        return file is None or (file.fd >= 0 and file.named())
 
 
 class _Watch:
@@ -354,6 +355,9 @@ class HostBackend(Wire):
             turns = self._unwatch(watch)
             sealed = _read_outcome(file.fd)
             lost = sealed is None and os.fstat(file.fd).st_mode & 0o777 != _ENDED
+            if sealed is None:  # they begin anew
+                for turn in turns:
+                    turn.file = None
             if lost:
                 fcntl.flock(file.fd, fcntl.LOCK_UN)  # two that hold it both would never get it
                 fcntl.flock(file.fd, fcntl.LOCK_EX)

@@ -1,0 +1,104 @@
+"""`make soak` for a few seconds; and that it would tell if something were wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proof.histories import History, check
+from proof.soak.census import left_behind
+from proof.soak.mix import Mix, Mood
+from proof.soak.tally import compare
+
+from shardedflight import ShardedFlight
+from shardedflight._core import Execution
+from shardedflight._replica import Failure
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it forks, and asks /proc")
+def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "proof.soak", "--seconds", "3", "--processes", "1"]
+    command += ["--moods", "exact,rough,observed", "--window", "0.3", "--json", str(figures)]
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(figures.read_text())
+    assert found["windows"] >= 3
+    assert found["calls"] > found["executions"] > 100
+    for what in ("hung", "violations", "miscounted", "left", "leaked", "faults"):
+        assert found[what] == 0
+
+
+# -- planted faults -------------------------------------------------------------------------------
+
+
+def mixed(seconds: float = 0.3) -> tuple[Mix, list[str], set[str]]:
+    """A window: the mix, what is miscounted, and the rules that are broken."""
+    flight, history = ShardedFlight(), History()
+    mix = Mix(flight, history, Mood("exact"), "planted", size=2, forks=False)
+    before = flight.stats()
+    mix.run(seconds)
+    return mix, compare(mix, before, flight.stats()), {v.rule for v in check(history)}
+
+
+def test_a_window_without_a_fault() -> None:
+    mix, miscounted, rules = mixed()
+    assert (mix.faults, miscounted, rules) == ([], [], set())
+    assert left_behind(mix.flight) == []
+
+
+@pytest.fixture
+def conclude(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replaces how every run is settled."""
+
+    def replace(planted: Any) -> None:
+        real = ShardedFlight._conclude
+        monkeypatch.setattr(ShardedFlight, "_conclude", lambda *args: planted(real, *args))
+
+    return replace
+
+
+def test_an_outcome_that_is_always_called_shared_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ShardedFlight._lead
+
+    def planted(*args: Any) -> Any:
+        return real(*args)[0], True
+
+    monkeypatch.setattr(ShardedFlight, "_lead", planted)
+    assert "shared" in mixed()[2]
+
+
+def test_an_error_that_is_handed_out_as_it_is_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Failure, "replica", lambda failure: failure._error, raising=True)
+    assert "same" in mixed()[2]
+
+
+def test_a_total_that_is_not_counted_is_found(conclude: Any) -> None:
+    lock, lost = threading.Lock(), [0]
+
+    def planted(real: Any, flight: Any, shard: Any, *args: Any) -> Any:
+        record = real(flight, shard, *args)
+        with lock:
+            lost[0] += 1
+            if lost[0] == 20:
+                shard.shared -= 1
+        return record
+
+    conclude(planted)
+    assert any("stats().shared" in text for text in mixed()[1])
+
+
+def test_a_record_that_is_left_is_found() -> None:
+    flight = ShardedFlight(1)
+    flight.do(lambda: None, "k")
+    (shard,) = flight._made_shards()
+    shard.met[1] = Execution(("k", 1))
+    assert any("records" in text for text in left_behind(flight))
