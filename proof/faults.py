@@ -172,7 +172,8 @@ class Rounds:
 def run_batch(test: str, times: int, file: Path) -> int:
     """Runs one test function so many times, in this process; returns pytest's exit code."""
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "--no-summary"]
-    options.append(f"--basetemp={file.parent / 'tmp'}")  # several processes run tests at once
+    options.append(f"--basetemp={file.parent / 'tmp'}")  # several processes run tests at once,
+    options += ["-o", "timeout=600", "-o", "faulthandler_timeout=650"]  # and share the machine
     return int(pytest.main([*options, test], plugins=[Rounds(times, file)]))
 
 
