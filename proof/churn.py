@@ -195,9 +195,9 @@ class Churn:
 
     def watch(self, flight: ShardedFlight, _: random.Random) -> None:
         """Looks at all there is to see."""
-        assert flight.in_flight() >= 0
         stats = flight.stats()
         assert stats.executions >= stats.errors
+        assert flight.in_flight() >= 0
         assert repr(flight)
 
     def replace(self, _: ShardedFlight, draw: random.Random) -> None:

@@ -243,7 +243,7 @@ def batches(table: Sequence[Row], times: int, size: int) -> Iterator[tuple[Row, 
     for done in range(0, times, size):
         for row in table:
             for test in row.tests:
-                yield row, f"tests/{test}", min(size, times - done)
+                yield row, str(ROOT / "tests" / test), min(size, times - done)
 
 
 def show(table: Sequence[Row]) -> None:

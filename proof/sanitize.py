@@ -13,6 +13,8 @@ sanitizer reports of the core's own code is a finding. Then each planted fault (
   does not see the interpreter's mutexes, nor that an object's memory was freed and is another's now;
   so what the core locks is announced to it, and only reports about the lines count, the core's own
   memory, which is where it does without the interpreter.
+- *references*: on a debug build of CPython (configured with `--with-pydebug`), which counts all
+  references there are, `proof.references` without any sanitizer.
 
 Blind to: what the churn and the tests do not do; races in Python code, which is the interpreter's
 to run; without an instrumented interpreter, races on Python objects; memory that is wrongly used
@@ -139,13 +141,14 @@ def address() -> Sanitizer:
     """Addresses, undefined behaviour and leaks."""
     return Sanitizer(
         name="address",
-        flags="-fsanitize=address,undefined",
+        # It says what is undefined on the standard error alone, so that is to be the end.
+        flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined",
         runtime="libasan.so",
         environment={
             "PYTHONMALLOC": "malloc",
             "ASAN_OPTIONS": "detect_leaks={leaks}:fast_unwind_on_malloc={fast}:malloc_context_size=12"
-            ":allocator_may_return_null=1:detect_stack_use_after_return=0:log_path={log}",
-            "UBSAN_OPTIONS": "print_stacktrace=1:log_path={log}",
+            ":allocator_may_return_null=1:exitcode=23:log_path={log}",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
             "LSAN_OPTIONS": "max_leaks=0",
         },
         start=r"^==\d+==ERROR: |^(?:Direct|Indirect) leak of |^[^\n]*: runtime error: ",
@@ -195,8 +198,8 @@ def thread(instrumented: bool) -> Sanitizer:
                 LOCKING,
             ),
             Plant(
-                "a count without the line's lock",
-                "lines_started",
+                "a place that is looked at without the line's lock",
+                "line_taken",
                 LOCKING,
             ),
             Plant(
@@ -215,16 +218,39 @@ def thread(instrumented: bool) -> Sanitizer:
     return sanitizer
 
 
+def references() -> Sanitizer:
+    """References, where the interpreter counts all of them."""
+    return Sanitizer(
+        name="references",
+        flags="",
+        runtime="",
+        environment={},
+        # A line of the table of proof.references that does not say that nothing has leaked.
+        start=r"^\S.* \d+\.\d s  (?!nothing)",
+        counts="",
+        plants=(
+            Plant("a seat that is never let go", "line_release", r"Py_DECREF\(seat\)"),
+            Plant(
+                "a key that is looked for and kept",
+                "key_of_two",
+                r"return \(SEVERAL,",
+                "Py_INCREF(<object>part)\n        return (SEVERAL,",
+            ),
+        ),
+    )
+
+
 # -- building --------------------------------------------------------------------------------------
 
 #: Asks an interpreter what there is to know for compiling.
 ASK = """
 import json, sys, sysconfig
 print(json.dumps({
-    "include": sysconfig.get_path("include"),
+    "include": [sysconfig.get_path("include"), sysconfig.get_path("platinclude")],
     "suffix": sysconfig.get_config_var("EXT_SUFFIX"),
     "compiler": sysconfig.get_config_var("CC") or "cc",
     "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "debug": hasattr(sys, "gettotalrefcount"),
     "instrumented": "--with-thread-sanitizer" in str(sysconfig.get_config_var("CONFIG_ARGS")),
     "version": sys.version.split()[0] + sys.abiflags,
 }))
@@ -238,8 +264,9 @@ class Interpreter:
         self.executable = executable
         asked = [executable, "-c", ASK]
         said: dict[str, Any] = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout)
-        self.include: str = said["include"]
+        self.include = [f"-I{folder}" for folder in said["include"]]
         self.suffix: str = said["suffix"]
+        self.debug: bool = said["debug"]
         self.free_threaded: bool = said["free_threaded"]
         self.instrumented: bool = said["instrumented"]
         self.version: str = said["version"]
@@ -295,7 +322,7 @@ def build(sanitizer: Sanitizer, plant: Plant | None, folder: Path, python: Inter
         (folder / "announced.h").write_text(sanitizer.header)
         flags += ["-include", "announced.h"]
     extension = f"src/shardedflight/_core{python.suffix}"
-    compiled = [python.compiler, "-shared", "-fPIC", "-pthread", *flags, f"-I{python.include}"]
+    compiled = [python.compiler, "-shared", "-fPIC", "-pthread", *flags, *python.include]
     call([*compiled, "_core.c", "-o", extension], folder)
 
 
@@ -315,13 +342,12 @@ def run(
     environment = {
         **os.environ,
         **{name: text.format(**values) for name, text in sanitizer.environment.items()},
-        "LD_PRELOAD": python.library(sanitizer.runtime),
         "PYTHONPATH": str(folder / "src"),
         "SHARDEDFLIGHT_PURE": "",
         "SHARDEDFLIGHT_REQUIRE_COMPILED": "1",
     }
-    if python.instrumented:
-        environment.pop("LD_PRELOAD")  # the interpreter has it
+    if sanitizer.runtime and not python.instrumented:
+        environment["LD_PRELOAD"] = python.library(sanitizer.runtime)
     done = subprocess.run(
         [python.executable, *arguments],
         cwd=folder,
@@ -331,17 +357,15 @@ def run(
         stderr=subprocess.STDOUT,
         check=False,
     )
-    reports = [
-        report
-        for file in sorted(logs.iterdir())
-        for report in split(sanitizer.start, file.read_text("utf-8", "replace"))
-    ]
+    said = done.stdout.decode("utf-8", "replace")
+    texts = [said, *(file.read_text("utf-8", "replace") for file in sorted(logs.iterdir()))]
+    reports = [report for text in texts for report in split(sanitizer.start, text)]
     findings = [
         report
         for report in reports
         if re.search(sanitizer.counts, report) and not re.search(sanitizer.passes, report)
     ]
-    return done.returncode, done.stdout.decode("utf-8", "replace"), findings, len(reports)
+    return done.returncode, said, findings, len(reports)
 
 
 def split(start: str, text: str) -> Iterator[str]:
@@ -356,9 +380,14 @@ def churn(seconds: float) -> list[str]:
     return ["-m", "proof.churn", "--seconds", str(seconds)]
 
 
+def every_outcome(times: int) -> list[str]:
+    """The command line of proof.references."""
+    return ["-m", "proof.references", "--times", str(times)]
+
+
 def tests(names: Sequence[str]) -> list[str]:
     """The command line of the tests. Under a sanitizer all takes its time."""
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "timeout=1200"]
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-o", "timeout=1200"]
     options += ["-o", "faulthandler_timeout=1300"]
     return ["-m", "pytest", *options, *(f"tests/{name}" for name in names)]
 
@@ -369,6 +398,8 @@ def sound(
     """Whether nothing is found of the core as it is."""
     build(sanitizer, None, folder, python)
     steps = [("churn", churn(seconds), False)]
+    if sanitizer.name == "references":
+        steps = [("every method, every outcome", every_outcome(20_000), False)]
     if sanitizer.name == "address":
         steps.append(("churn, for leaks", churn(max(2.0, seconds / 4)), True))
     if with_tests and sanitizer.tests:
@@ -397,8 +428,9 @@ def caught(sanitizer: Sanitizer, python: Interpreter, plant: Plant, folder: Path
     build(sanitizer, plant, folder, python)
     started = time.monotonic()
     findings: list[str] = []
+    arguments = every_outcome(1000) if sanitizer.name == "references" else churn(3.0)
     for leaks in (False, True) if sanitizer.name == "address" else (False, False):
-        findings = run(sanitizer, python, folder, churn(3.0), leaks)[2]
+        findings = run(sanitizer, python, folder, arguments, leaks)[2]
         if findings:
             break
     took = f"{time.monotonic() - started:.0f} s"
@@ -413,7 +445,7 @@ def examine(
 ) -> bool:
     """All that is done with one sanitizer."""
     with tempfile.TemporaryDirectory(prefix="sanitize-") as directory:
-        print(f"-- {sanitizer.name}: compiling with {sanitizer.flags}", flush=True)
+        print(f"-- {sanitizer.name}: compiling {sanitizer.flags}", flush=True)
         well = sound(sanitizer, python, seconds, with_tests, Path(directory, "as-it-is"))
         for number, plant in enumerate(sanitizer.plants if planted else ()):
             well &= caught(sanitizer, python, plant, Path(directory, f"plant-{number}"))
@@ -434,18 +466,23 @@ def main() -> int:
     options = parser.parse_args()
     try:
         python = Interpreter(options.python)
-        sanitizer = thread(python.instrumented) if python.free_threaded else address()
-        kind = "itself instrumented" if python.instrumented else "itself not instrumented"
-        print(f"CPython {python.version}, {kind}, {python.compiler}")
-        python.library(sanitizer.runtime)
+        sanitizer = address()
+        if python.debug:
+            sanitizer = references()
+        elif python.free_threaded:
+            sanitizer = thread(python.instrumented)
+        kind = "instrumented" if python.instrumented else "debug" if python.debug else "ordinary"
+        print(f"CPython {python.version}, {kind} build, {python.compiler}")
+        if sanitizer.runtime:
+            python.library(sanitizer.runtime)
         planted, with_tests = not options.no_plants, not options.no_tests
         well = examine(sanitizer, python, options.seconds, with_tests, planted)
     except Lacking as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"\n{sanitizer.name:<64}{'result':<28}{'took':>8}")
+    print(f"\n{sanitizer.name:<72}{'result':<28}{'took':>8}")
     for name, result, took in sanitizer.rows:
-        print(f"{name:<64}{result:<28}{took:>8}")
+        print(f"{name:<72}{result:<28}{took:>8}")
     return 0 if well else 1
 
 
