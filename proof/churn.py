@@ -106,7 +106,7 @@ class Churn:
         with self._lock:
             self.done += done
 
-    # -- the ways to call ---------------------------------------------------------------------------
+    # -- the ways to call --------------------------------------------------------------------------
 
     def value(self, flight: ShardedFlight, draw: random.Random) -> None:
         """Leads or follows, and has the value."""
@@ -140,7 +140,9 @@ class Churn:
             if depth == last:
                 return ("value", ("nested", depth))
             with suppress(Failed):
-                expect(("nested", depth + 1), flight.do, lambda: lead(depth + 1), "nested", depth + 1)
+                expect(
+                    ("nested", depth + 1), flight.do, lambda: lead(depth + 1), "nested", depth + 1
+                )
             return ("value", ("nested", depth))
 
         expect(("nested", 0), flight.do, lambda: lead(0), "nested", 0)

@@ -3,16 +3,18 @@
 The core is compiled anew with a sanitizer, in a folder of its own, and runs there: `proof.churn`
 for some seconds and, for addresses and undefined behaviour, a selection of the tests. What the
 sanitizer reports of the core's own code is a finding. Then each planted fault (an edited copy of
-`_core.pxd`) is compiled as well and has to be found: that is what shows that the rest was looked at.
+`_core.pxd`) is compiled as well and has to be found, which shows that the rest was looked at. What
+is looked for depends on the interpreter, this one or that of `--python`, which needs nothing
+installed:
 
 - *address*: AddressSanitizer and UndefinedBehaviorSanitizer in one build, on an interpreter with a
   GIL, whose own allocator is switched off, so that every object is a block that they watch; and at
   the end LeakSanitizer, of which the blocks count that were allocated by way of the core.
 - *thread*: ThreadSanitizer, on a free-threaded interpreter. If that was itself configured with
-  `--with-thread-sanitizer` (`--python` names one; it needs nothing installed), all that the core reads and writes is looked at. Otherwise the sanitizer
-  does not see the interpreter's mutexes, nor that an object's memory was freed and is another's now;
-  so what the core locks is announced to it, and only reports about the lines count, the core's own
-  memory, which is where it does without the interpreter.
+  `--with-thread-sanitizer`, all that the core reads and writes is looked at. Otherwise the
+  sanitizer does not see the interpreter's mutexes, nor that an object's memory was freed and is
+  another's now; so what the core locks is announced to it, and only reports about the lines count,
+  the core's own memory, which is where it does without the interpreter.
 - *references*: on a debug build of CPython (configured with `--with-pydebug`), which counts all
   references there are, `proof.references` without any sanitizer.
 
@@ -35,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +113,9 @@ class Plant:
 
     def put(self, source: str) -> str:
         """The source with the fault in it."""
-        found = re.search(rf"^cdef [^\n]*\b{self.function}\(.*?(?=\n\n\n|\Z)", source, re.M | re.S)
+        found = re.search(
+            rf"^cdef [^\n]*\b{self.function}\(.*?(?=\n\n\n|\Z)", source, re.MULTILINE | re.DOTALL
+        )
         changed = re.sub(self.pattern, self.new, found[0]) if found is not None else ""
         if found is None or changed == found[0]:
             raise SystemExit(f"_core.pxd has changed: {self.name!r} can not be planted any more")
@@ -146,8 +151,8 @@ def address() -> Sanitizer:
         runtime="libasan.so",
         environment={
             "PYTHONMALLOC": "malloc",
-            "ASAN_OPTIONS": "detect_leaks={leaks}:fast_unwind_on_malloc={fast}:malloc_context_size=12"
-            ":allocator_may_return_null=1:exitcode=23:log_path={log}",
+            "ASAN_OPTIONS": "detect_leaks={leaks}:fast_unwind_on_malloc={fast}:exitcode=23"
+            ":malloc_context_size=12:allocator_may_return_null=1:log_path={log}",
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "LSAN_OPTIONS": "max_leaks=0",
         },
@@ -171,10 +176,10 @@ def address() -> Sanitizer:
                 "<uintptr_t>lines.allocated + 1",
             ),
             Plant(
-                "one line too few",
+                "too little memory for lines",
                 "make_lines",
                 r"PyMem_RawCalloc\(count \+ 1, stride\)",
-                "PyMem_RawCalloc(count, stride)",
+                "PyMem_RawCalloc(count, stride - CACHE_LINE)",
             ),
         ),
     )
@@ -263,7 +268,9 @@ class Interpreter:
     def __init__(self, executable: str) -> None:
         self.executable = executable
         asked = [executable, "-c", ASK]
-        said: dict[str, Any] = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout)
+        said: dict[str, Any] = json.loads(
+            subprocess.run(asked, capture_output=True, check=True).stdout
+        )
         self.include = [f"-I{folder}" for folder in said["include"]]
         self.suffix: str = said["suffix"]
         self.debug: bool = said["debug"]
@@ -296,7 +303,12 @@ def directives() -> dict[str, Any]:
 def call(command: Sequence[str], folder: Path) -> None:
     """Runs one step of a build."""
     done = subprocess.run(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise Lacking(f"The core can not be compiled:\n{shlex.join(command)}\n{done.stdout}")
@@ -370,8 +382,8 @@ def run(
 
 def split(start: str, text: str) -> Iterator[str]:
     """The reports of a log."""
-    begins = [found.start() for found in re.finditer(start, text, re.M)]
-    for begin, end in zip(begins, [*begins[1:], len(text)], strict=True):
+    begins = [found.start() for found in re.finditer(start, text, re.MULTILINE)]
+    for begin, end in pairwise([*begins, len(text)]):
         yield text[begin:end].partition("\nSUMMARY: ")[0]
 
 

@@ -4,7 +4,6 @@ import ast
 from pathlib import Path
 
 import pytest
-
 from proof import faults
 
 TESTS = Path(__file__).parent

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from proof.references import ROUNDS, SLACK, Given, enough, given_to, leaked
+
 from shardedflight import ShardedFlight
 
 #: Of each outcome, with 1 shard and with 16: a million in all.

@@ -33,7 +33,8 @@ class Valkey:
                 self.bus = free_port() if cluster else 0
                 self._options = (*options, "--cluster-port", str(self.bus)) if cluster else options
                 try:
-                    return self.start()
+                    self.start()
+                    break
                 except AssertionError as error:
                     # Another process has been faster.
                     if "Address already in use" not in str(error):
