@@ -222,7 +222,7 @@ def test_a_server_killed_and_restarted_empty(server: Valkey, start: Any) -> None
 
 
 def use(flight: ShardedFlight) -> None:
-    """Returns when the server has been used: a busy machine may not be ready for the first calls."""
+    """Returns when the server has been used: a busy machine may miss the first calls."""
 
     def used() -> bool:
         flight.do(lambda: None, "k")
