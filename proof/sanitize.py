@@ -277,7 +277,7 @@ class Interpreter:
         self.free_threaded: bool = said["free_threaded"]
         self.instrumented: bool = said["instrumented"]
         self.version: str = said["version"]
-        compiler = os.environ.get("CC", said["compiler"]).split()[0]
+        compiler = str(os.environ.get("CC") or said["compiler"]).split()[0]
         found = shutil.which(compiler) or shutil.which("cc")
         if found is None:
             raise Lacking(f"There is no C compiler ({compiler}): install gcc.")
