@@ -115,12 +115,12 @@ def test_a_stopped_leader_is_replaced_and_fenced(server: Valkey, start: Any) -> 
 
 
 def test_a_function_of_more_than_three_leases_is_not_taken_over(server: Valkey, start: Any) -> None:
-    first, second = start(2, lease=0.3)
+    first, second = start(2)  # a lease that a busy machine's scheduler does not outlast
     leader = first.call("do", "k")
     leader.runs()
     follower = second.call("do_async", "k")
     eventually(lambda: followers(server) == 1)
-    time.sleep(3.5 * 0.3)  # the time itself is what is tested
+    time.sleep(3.5 * LEASE)  # the time itself is what is tested
     assert follower.events.empty()
     leader.let_return(1)
     assert (leader.ends()["value"], follower.ends()["value"]) == (1, 1)
@@ -222,6 +222,16 @@ def test_a_server_killed_and_restarted_empty(server: Valkey, start: Any) -> None
     assert all(value in ran for value in answered.values())
 
 
+def use(flight: ShardedFlight) -> None:
+    """Returns when the server has been used: a busy machine may miss the first calls."""
+
+    def used() -> bool:
+        flight.do(lambda: None, "k")
+        return flight.stats().remote_leads > 0
+
+    eventually(used, "the use of the server")
+
+
 def assert_falls_back_and_returns(
     flight: ShardedFlight,
     caplog: pytest.LogCaptureFixture,
@@ -261,8 +271,7 @@ def test_a_server_that_can_not_be_reached(
 ) -> None:
     flight = ShardedFlight(backend=backend)
     if used_before:
-        assert flight.do(lambda: 1, "k") == (1, False)
-        assert flight.stats().remote_leads == 1
+        use(flight)
     server.kill()
     assert_falls_back_and_returns(flight, caplog, server.start)
 
@@ -273,7 +282,7 @@ def test_a_server_that_does_not_answer(
 ) -> None:
     flight = ShardedFlight(backend=backend)
     if used_before:
-        flight.do(lambda: 1, "k")
+        use(flight)
     server.signal(signal.SIGSTOP)
     start = time.monotonic()
     assert flight.do(lambda: 1, "k") == (1, False)
@@ -301,10 +310,11 @@ def test_callers_do_not_probe_a_server_that_does_not_answer(server: Valkey) -> N
     backend = RedisBackend(redis.Redis(connection_pool=pool), timeout=0.2)
     try:
         flight = ShardedFlight(backend=backend)
-        flight.do(lambda: None, "k")
+        use(flight)
+        before = flight.stats().fallbacks
         server.signal(signal.SIGSTOP)
         flight.do(lambda: None, "k")
-        assert flight.stats().fallbacks == 1
+        assert flight.stats().fallbacks == before + 1
         connecting.clear()
 
         def probed() -> bool:
@@ -328,7 +338,7 @@ def test_a_server_out_of_memory(
     server: Valkey, backend: RedisBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     flight = ShardedFlight(backend=backend)
-    flight.do(lambda: 1, "k")
+    use(flight)
     server.do("CONFIG", "SET", "maxmemory", "1")
     assert_falls_back_and_returns(
         flight, caplog, lambda: server.do("CONFIG", "SET", "maxmemory", "0")
@@ -339,7 +349,7 @@ def test_a_read_only_replica(
     server: Valkey, backend: RedisBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     flight = ShardedFlight(backend=backend)
-    flight.do(lambda: 1, "k")
+    use(flight)
     server.do("REPLICAOF", "127.0.0.1", "1")
     assert_falls_back_and_returns(flight, caplog, lambda: server.do("REPLICAOF", "NO", "ONE"))
 

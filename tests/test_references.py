@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from proof.references import ROUNDS, SLACK, Given, enough, given_to, leaked
 
 from shardedflight import ShardedFlight
 
@@ -106,3 +107,17 @@ def test_seats_beyond_the_slots_are_let_go(held: int) -> None:
     gc.collect()
     assert [sys.getrefcount(key) for key in keys] == before
     assert flight.in_flight() == 0
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_no_outcome_of_any_method_leaves_anything_behind(name: str) -> None:
+    """The short form of `python -m proof.references`."""
+    assert leaked(ROUNDS[name], given_to(name), enough(name)) is None
+
+
+def test_what_is_left_behind_is_found() -> None:
+    kept: list[Any] = []
+    given = Given(ShardedFlight(1))
+    assert leaked(lambda given: kept.append(given.key), given, 2 * SLACK, 0) is not None
+    assert leaked(lambda _: kept.append(object()), given, 2 * SLACK) is not None
+    assert leaked(lambda given: given.flight.do(given.value, given.key), given, 2 * SLACK) is None

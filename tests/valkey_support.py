@@ -24,13 +24,21 @@ def free_port() -> int:
 class Valkey:
     """One server on a free port of this machine. Keeps nothing on disk."""
 
-    def __init__(self, *options: str) -> None:
-        self.port = free_port()
+    def __init__(self, *options: str, cluster: bool = False) -> None:
         self._directory = tempfile.TemporaryDirectory()
-        self._options = options
         self.process: subprocess.Popen[bytes] | None = None
         try:
-            self.start()
+            while True:
+                self.port = free_port()
+                self.bus = free_port() if cluster else 0
+                self._options = (*options, "--cluster-port", str(self.bus)) if cluster else options
+                try:
+                    self.start()
+                    break
+                except AssertionError as error:
+                    # Another process has been faster.
+                    if "Address already in use" not in str(error):
+                        raise
         except BaseException:
             self.stop()
             raise
@@ -41,6 +49,7 @@ class Valkey:
 
     def start(self) -> None:
         log = Path(self._directory.name, "log")
+        log.unlink(missing_ok=True)
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [
@@ -90,26 +99,25 @@ class ValkeyCluster:
     """A real Cluster: three primaries, and a replica for each of them if wanted."""
 
     def __init__(self, replicas: bool = False) -> None:
-        buses = [free_port() for _ in range(6 if replicas else 3)]
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000")
         self.servers: list[Valkey] = []
         try:
-            for bus in buses:
-                self.servers.append(Valkey(*options, "--cluster-port", str(bus)))
+            for _ in range(6 if replicas else 3):
+                self.servers.append(Valkey(*options, cluster=True))
             self.primaries = self.servers[:3]
-            self._form(buses, replicas)
+            self._form(replicas)
         except BaseException:
             self.stop()
             raise
 
-    def _form(self, buses: list[int], replicas: bool) -> None:
+    def _form(self, replicas: bool) -> None:
         first = self.servers[0]
         for number, server in enumerate(self.primaries):
             start, end = number * 5461, 16383 if number == 2 else number * 5461 + 5460
             server.do("CLUSTER", "ADDSLOTSRANGE", start, end)
             server.do("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for server in self.servers[1:]:
-            server.do("CLUSTER", "MEET", "127.0.0.1", first.port, buses[0])
+            server.do("CLUSTER", "MEET", "127.0.0.1", first.port, first.bus)
         self._wait(lambda server: len(self._known(server)) == len(self.servers))
         for primary, replica in zip(self.primaries, self.servers[3:], strict=False):
             replica.do("CLUSTER", "REPLICATE", primary.do("CLUSTER", "MYID"))

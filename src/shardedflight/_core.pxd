@@ -368,8 +368,7 @@ cdef inline int line_claim_more(line_t* line, Py_hash_t h, object seat) except? 
     """The same for a leader that has found no slot."""
     cdef object number = h
     cdef int claimed = IN_MORE
-    if line.extras == NULL:
-        line_add_dict(line)
+    line_add_dict(line)
     lock(&line.mutex)
     try:
         if find(line, h) >= 0 or in_extras(line, number) != NULL:
@@ -455,7 +454,10 @@ cdef inline object line_release(line_t* line, int i, Py_hash_t h, object seat):
     cdef bint met
     if i == IN_MORE:
         line_unlink(line, h, seat)
-        return seat if line.flags & MET else None
+        lock(&line.mutex)
+        met = line.flags & MET
+        unlock(&line.mutex)
+        return seat if met else None
     lock(&line.mutex)
     made = line.slot[i].part if line.slot[i].ident == 0 else NULL
     met = line.flags & MET
@@ -512,12 +514,14 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
 
 cdef inline bint line_taken(line_t* line, Py_hash_t h):
     """Whether somebody has this place, or might stand beside it."""
-    cdef object number = h if line.extra else None
+    cdef object number = None
     cdef bint taken
     lock(&line.mutex)
-    taken = find(line, h) >= 0 or line.flags & BESIDE
-    if not taken and line.extra:
-        taken = number is None or in_extras(line, number) != NULL
+    while line.extra and number is None:
+        unlock(&line.mutex)
+        number = h
+        lock(&line.mutex)
+    taken = find(line, h) >= 0 or line.flags & BESIDE or in_extras(line, number) != NULL
     unlock(&line.mutex)
     return taken
 
@@ -531,8 +535,7 @@ cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
         holder = line_get(line, h)
         if holder is not None:
             return holder
-        if line.extras == NULL:
-            line_add_dict(line)
+        line_add_dict(line)
         lock(&line.mutex)
         if find(line, h) >= 0 or in_extras(line, number) != NULL:
             unlock(&line.mutex)
@@ -553,7 +556,15 @@ cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
 
 
 cdef inline int line_add_dict(line_t* line) except -1:
-    cdef object new = {}
+    """Sees to it that there is a dict."""
+    cdef object new
+    cdef bint there
+    lock(&line.mutex)
+    there = line.extras != NULL
+    unlock(&line.mutex)
+    if there:
+        return 0
+    new = {}
     lock(&line.mutex)
     if line.extras == NULL:
         Py_INCREF(new)
@@ -592,19 +603,21 @@ cdef inline list line_seats(line_t* line):
     cdef list found = []
     cdef Py_hash_t[MOST_SLOTS] hashes
     cdef int count = 0
+    cdef PyObject* extras
     cdef int i
     lock(&line.mutex)
     for i in range(line.top):
         if line.slot[i].serial != FREE:
             hashes[count] = line.slot[i].h
             count += 1
+    extras = line.extras
     unlock(&line.mutex)
     for i in range(count):
         seat = line_get(line, hashes[i])
         if seat is not None:
             found.append((hashes[i], seat))
-    if line.extras != NULL:
-        found.extend((<dict>line.extras).copy().items())
+    if extras != NULL:
+        found.extend((<dict>extras).copy().items())
     return found
 
 

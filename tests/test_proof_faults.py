@@ -1,0 +1,40 @@
+"""The program that repeats the faults of the tiers: `make faults`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from proof import faults
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("test", [test for row in faults.rows() for test in row.tests])
+def test_every_row_has_tests_that_exist(test: str) -> None:
+    file, _, function = test.partition("::")
+    tree = ast.parse((TESTS / file).read_text("utf-8"))
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.once
+def test_runs_failures_and_crashes_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "test_planted.py"
+    file.write_text(
+        "import os\n"
+        "ran = []\n"
+        "def test_sound(): pass\n"
+        "def test_every_third(tmp_path):\n"
+        "    ran.append(tmp_path)\n"
+        "    assert len(ran) % 3\n"
+        "def test_crash(): os._exit(7)\n"
+    )
+    row = faults.Row("planted", [f"{file}::test_sound", f"{file}::test_every_third"])
+    crash = faults.Row("crash", [f"{file}::test_crash"])
+    assert not faults.survived([row, crash], times=6, size=3, jobs=2, seconds=120)
+    assert (row.runs, len(row.failures)) == (12, 2)
+    assert (crash.runs, len(crash.failures)) == (2, 2)
+    said = capsys.readouterr().out
+    assert "assert len(ran) % 3" in said
+    assert "ended with 7" in said

@@ -1,0 +1,63 @@
+"""The compiled core under the sanitizer that this interpreter is for: `make sanitize`, in short."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from proof import sanitize
+from proof.churn import Churn
+
+TYPES = (sanitize.ROOT / "src/shardedflight/_core.pxd").read_text("utf-8")
+
+
+def test_the_mix_of_calls_finds_nothing_wrong() -> None:
+    churn = Churn(seed=1)
+    churn.run(1.0, threads=4)
+    assert churn.wrong == []
+    assert sum(churn.done.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        *sanitize.address().plants,
+        *sanitize.thread(instrumented=False).plants,
+        *sanitize.references().plants,
+    ],
+    ids=lambda plant: plant.name,
+)
+def test_every_fault_can_still_be_planted(plant: sanitize.Plant) -> None:
+    assert plant.put(TYPES) != TYPES
+
+
+def test_a_fault_that_can_not_be_planted_is_said() -> None:
+    with pytest.raises(SystemExit, match="can not be planted any more"):
+        sanitize.Plant("a fault", "line_pass", "no such text").put(TYPES)
+
+
+@pytest.mark.once
+def test_what_is_lacking_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(sanitize.Lacking, match="no C compiler"):
+        sanitize.Interpreter(sys.executable)
+
+
+@pytest.mark.once
+@pytest.mark.timeout(600)
+def test_nothing_is_found_in_the_core(tmp_path: Path) -> None:
+    """That planted faults are found takes a build for each: `make sanitize` does it."""
+    pytest.importorskip("Cython")
+    if not sys.platform.startswith("linux") or shutil.which("cc") is None:
+        pytest.skip("the sanitizers are gcc's, on Linux")
+    python = sanitize.Interpreter(sys.executable)
+    sanitizer = sanitize.thread(False) if python.free_threaded else sanitize.address()
+    try:
+        python.library(sanitizer.runtime)
+    except sanitize.Lacking as lacking:
+        pytest.skip(str(lacking))
+    sanitize.build(sanitizer, None, tmp_path, python)
+    code, said, findings, _ = sanitize.run(sanitizer, python, tmp_path, sanitize.churn(1.0))
+    assert (code, findings) == (0, []), said
+    assert "calls on the compiled core" in said
