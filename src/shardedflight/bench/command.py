@@ -28,8 +28,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measures what a flight costs, as ratios within one run.",
         epilog=(
-            "The whole takes five to ten minutes on two cores. It takes less with --only\n"
-            "(`scaling` and `follower-threads` are the longest), with --without peers or\n"
+            "The whole takes about ten minutes on two cores. It takes less with --only\n"
+            "(`scaling`, `follower-threads` and `tiers` are the longest), with --without peers or\n"
             "--without plain, and with --quick, whose figures only show that it all works.\n\n"
             f"Benchmarks: {', '.join(NAMES)}."
         ),
@@ -39,7 +39,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         action="append",
         type=_names,
-        help="run this benchmark, or those that match, such as 'memory-*'; may be repeated",
+        help="run this benchmark, or those that match, such as 'memory-*' or `tiers`; may be "
+        "repeated",
     )
     parser.add_argument(
         "--without",
@@ -66,6 +67,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _names(pattern: str) -> list[str]:
     found = [name for name in NAMES if fnmatchcase(name, pattern)]
+    if not found:  # the first word of several
+        found = [name for name in NAMES if fnmatchcase(name, f"{pattern}-*")]
     if not found:
         raise argparse.ArgumentTypeError(
             f"no benchmark is called {pattern!r}; there are {', '.join(NAMES)}"
@@ -176,7 +179,7 @@ def prepare(
 ) -> list[Contender]:
     """Makes all contenders of a benchmark, this library's first; `stack` ends them."""
     contenders = list(stack.enter_context(benchmark.prepare(benchmark.operations)))
-    if worker is not None:
+    if worker is not None and benchmark.both_forms:
         contenders += stack.enter_context(worker.prepare(benchmark.name, quick=quick))
     if peers and benchmark.prepare_peers is not None:
         contenders += stack.enter_context(benchmark.prepare_peers(benchmark.operations))

@@ -266,9 +266,7 @@ def _table(figures: Figures) -> str:
 
 def _parameters(options: Options, figures: Figures, addresses: Sequence[str]) -> dict[str, str]:
     machine = summary.machine()
-    backend = (
-        {} if options.backend is None else {"Backend": without_password(options.backend)}
-    )
+    backend = {} if options.backend is None else {"Backend": without_password(options.backend)}
     return {
         "Load on each route": f"{options.duration:g} s",
         "Clients": f"{options.clients:,}",
