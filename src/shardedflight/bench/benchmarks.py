@@ -208,7 +208,7 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
             unit=Unit.SECONDS,
             operations=2,
             rounds=rounds(15),
-            prepare=tiers.stampeding(("redis", "host"), 0.2, fails=False),
+            prepare=tiers.stampeding(tiers.TIERS, 0.2, fails=False),
             both_forms=False,
         ),
         Benchmark(
@@ -220,8 +220,8 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
             unit=Unit.SECONDS,
             operations=processes,
             rounds=rounds(3),
-            prepare=tiers.stampeding(("redis", "host"), 1 * scale, fails=False),
-            prepare_peers=tiers.stampeding(tiers.OTHERS, 1 * scale, fails=False),
+            prepare=tiers.stampeding(tiers.TIERS, 1 * scale, fails=False),
+            prepare_peers=tiers.stampeding(tuple(tiers.OTHERS), 1 * scale, fails=False),
             both_forms=False,
         ),
         Benchmark(
@@ -232,8 +232,8 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
             unit=Unit.SECONDS,
             operations=processes,
             rounds=rounds(3),
-            prepare=tiers.stampeding(("redis", "host"), 0.5 * scale, fails=True),
-            prepare_peers=tiers.stampeding(tiers.OTHERS, 0.5 * scale, fails=True),
+            prepare=tiers.stampeding(tiers.TIERS, 0.5 * scale, fails=True),
+            prepare_peers=tiers.stampeding(tuple(tiers.OTHERS), 0.5 * scale, fails=True),
             both_forms=False,
         ),
         Benchmark(

@@ -6,6 +6,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,17 @@ def compared(value: float, unit: Unit) -> str:
     return f"{_digits(value)}x" if unit.compared_by == "ratio" else amount(value, unit)
 
 
-def _milliseconds(value: float) -> str:
-    return f"{value * 1e3:.2f}"
+def _without_unit(unit: Unit, beside: float, value: float) -> str:
+    """Writes a quartile: its unit is that of the figure beside which it stands."""
+    match unit:
+        case Unit.BYTES:
+            return f"{value:,.0f}"
+        case Unit.SECONDS:
+            return f"{value:.3f}" if beside >= 0.1 else f"{value * 1e3:.2f}"
+        case Unit.COUNT:
+            return f"{value:g}"
+        case _:
+            return _digits(value)
 
 
 def _digits(value: float) -> str:
@@ -133,16 +143,7 @@ def cells(result: Result) -> list[str]:
     if result.figures is None:
         return ["", "", result.absent, "", target_in_words(result), met]
     figures = result.figures
-    match unit:
-        case Unit.BYTES:
-            digits = "{:,.0f}".format
-        case Unit.SECONDS:
-            # As the figure before them, whose unit they have.
-            digits = "{:.3f}".format if figures.figure >= 0.1 else _milliseconds
-        case Unit.COUNT:
-            digits = "{:g}".format
-        case _:
-            digits = _digits
+    digits = partial(_without_unit, unit, figures.figure)
     return [
         amount(figures.ours, unit),
         amount(figures.floor, unit),

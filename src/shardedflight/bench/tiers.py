@@ -405,32 +405,31 @@ def stampeding(
 
     @contextlib.contextmanager
     def prepare(processes: int) -> Iterator[Sequence[Contender]]:
+        if _ABSENT:
+            yield [Contender(name, None, absent=_ABSENT) for name in contenders]
+            return
         with contextlib.ExitStack() as stack:
+            url, directory = stack.enter_context(places())
             found: list[Contender] = []
-            if not _ABSENT:
-                url, directory = stack.enter_context(places())
             for name in contenders:
-                ours = name in ("redis", "host")
-                who = FORM if ours else name
+                ours = name in TIERS
                 try:
-                    if _ABSENT:
-                        raise RuntimeError(_ABSENT)
                     if not ours:
-                        import_module(_MODULES[name])
+                        import_module(OTHERS[name])
                     crew = Crew(name, url, f"{directory}/{name}", processes)
                 except Exception as error:
-                    if ours and not _ABSENT:
+                    if ours:
                         raise
-                    absent = _ABSENT or why_absent(_MODULES[name], error)
-                    found.append(Contender(who, None, "" if not ours else name, absent))
+                    found.append(Contender(name, None, absent=why_absent(OTHERS[name], error)))
                     continue
                 stack.callback(crew.end)
+                who = FORM if ours else name
                 found += _tell_of(who, name, crew, seconds, fails=fails, ours=ours)
             yield found
 
     return prepare
 
 
-#: What others are imported by.
-_MODULES = {"dogpile.cache": "dogpile.cache", "redis-py Lock": "redis", "cashews": "cashews"}
-OTHERS = tuple(_MODULES)
+TIERS = ("redis", "host")
+#: Other packages' ways, and what is imported for them.
+OTHERS = {"dogpile.cache": "dogpile.cache", "redis-py Lock": "redis", "cashews": "cashews"}
