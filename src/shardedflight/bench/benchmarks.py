@@ -190,10 +190,11 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
         ),
         Benchmark(
             name="tiers-memory",
-            what="an execution in flight, in the server's memory",
+            what="an execution in flight in the server's memory, a process with its connections, "
+            "and one of its inboxes",
             against="nothing",
-            blind_to="channels, which each process has for itself; the outcome, which is kept for "
-            "three leases if anybody followed",
+            blind_to="the outcome, which is kept for three leases if anybody followed; buffers of "
+            "connections that are behind",
             unit=Unit.BYTES,
             operations=5,
             rounds=1,

@@ -246,6 +246,30 @@ class AtTheServer:
         each = len(following)
         return [led + ended, joined / each], [alone, (together - alone) / each]
 
+    def bytes_of_a_process(self) -> float:
+        """Bytes of the two connections that each process has, by the server's own account."""
+        # The one that asks is not of a flight.
+        clients = self._client.client_list()
+        mine = self._client.client_id()
+        sizes = [int(client["tot-mem"]) for client in clients if int(client["id"]) != mine]
+        processes = 1 + len(self._followers)
+        expect(len(sizes), 2 * processes, "connections")
+        return sum(sizes) / processes
+
+    def bytes_of_a_subscription(self) -> float:
+        """Bytes of an inbox that is subscribed to, beyond the connection."""
+        number = 1_000
+        shards = range(number)
+        with self._client.pubsub() as inboxes:
+            inboxes.ssubscribe("{shardedflight:0}:i:warm")
+            before = int(self._client.info("memory")["used_memory"])
+            # Of 16 hexadecimal digits, as a process has them.
+            names = [f"{{shardedflight:{shard}}}:i:{os.urandom(8).hex()}" for shard in shards]
+            inboxes.ssubscribe(*names)
+            while self._client.execute_command("PUBSUB", "SHARDNUMSUB", names[-1])[1] == 0:
+                time.sleep(0.001)
+            return (int(self._client.info("memory")["used_memory"]) - before) / number
+
     def close(self) -> None:
         """Closes the connection."""
         self._client.close()
@@ -290,6 +314,8 @@ def memory(followers: int) -> Iterator[Sequence[Contender]]:
         yield [
             Contender(FORM, Pair(lambda: server.meet()[1][0], _nothing), "an execution"),
             Contender(FORM, Pair(lambda: server.meet()[1][1], _nothing), "each that follows"),
+            Contender(FORM, Pair(server.bytes_of_a_process, _nothing), "a process"),
+            Contender(FORM, Pair(server.bytes_of_a_subscription, _nothing), "an inbox"),
         ]
 
 
