@@ -200,11 +200,16 @@ def distinct_keys(calls: int) -> Iterator[Sequence[Contender]]:
 # -- what the server sees -------------------------------------------------------------------------
 
 
+#: What the server knows connections by that are not a flight's.
+_NAME = "bench"
+
+
 class AtTheServer:
     """Two backends, as two processes have them, and what the server says of them."""
 
     def __init__(self, url: str, leader: ShardedFlight, followers: Sequence[ShardedFlight]) -> None:
-        self._client: Any = import_module("redis").Redis.from_url(url, protocol=2)
+        redis = import_module("redis")
+        self._client: Any = redis.Redis.from_url(url, protocol=2, client_name=_NAME)
         self._leader = leader
         self._followers = followers
 
@@ -248,10 +253,8 @@ class AtTheServer:
 
     def bytes_of_a_process(self) -> float:
         """Bytes of the two connections that each process has, by the server's own account."""
-        # The one that asks is not of a flight.
         clients = self._client.client_list()
-        mine = self._client.client_id()
-        sizes = [int(client["tot-mem"]) for client in clients if int(client["id"]) != mine]
+        sizes = [int(client["tot-mem"]) for client in clients if client["name"] != _NAME]
         processes = 1 + len(self._followers)
         expect(len(sizes), 2 * processes, "connections")
         return sum(sizes) / processes
