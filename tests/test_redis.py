@@ -376,21 +376,6 @@ def test_a_user_who_may_not_subscribe(server: Valkey, caplog: pytest.LogCaptureF
     backend.close()
 
 
-def test_the_rights_that_the_documentation_names_suffice(server: Valkey) -> None:
-    rule = (
-        "resetkeys resetchannels -@all ~{shardedflight:* &{shardedflight:* "
-        "+evalsha +eval +ssubscribe +ping +hello +client|setinfo +select "
-        "+hget +hmget +hset +hkeys +del +get +set +pexpire +pttl +rename +time +spublish"
-    )
-    server.do("ACL", "SETUSER", "u", "on", ">p", *rule.split())
-    backend = RedisBackend(f"redis://u:p@127.0.0.1:{server.port}", lease=LEASE)
-    flight = ShardedFlight(backend=backend)
-    assert flight.do(lambda: 1, "k") == (1, False)
-    flight.forget("k")
-    assert (flight.stats().remote_leads, flight.stats().fallbacks) == (1, 0)
-    backend.close()
-
-
 def test_scripts_that_vanish_are_sent_again(server: Valkey, backend: RedisBackend) -> None:
     flight = ShardedFlight(backend=backend)
     for _ in range(2):

@@ -66,10 +66,10 @@ class _File:
 
     __slots__ = ("_identity", "_owner", "fd", "path")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, append: int = os.O_APPEND) -> None:
         self.path = path
         with _forking:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | append | os.O_NOFOLLOW, 0o600)
             _held.add(self.fd)
         self._owner = os.getpid()
         self._identity = _identity(os.fstat(self.fd))
@@ -302,14 +302,17 @@ class HostBackend(Wire):
         return True
 
     def _next_token(self) -> int:
-        """The time in microseconds, or more: greater than all before, whatever the clock does."""
-        file = _File(f"{self.directory}/token")
+        """The time in microseconds, or more: greater than all before, whatever the clock does.
+
+        It is written over the last one, all digits of it: ext4 takes a file that was emptied and
+        written for one that has to be on the disk when it is closed, which takes milliseconds.
+        """
+        file = _File(f"{self.directory}/token", append=0)
         try:
             fcntl.flock(file.fd, fcntl.LOCK_EX)
             last = os.pread(file.fd, 32, 0)
             token = max(int(last) + 1 if last else 0, time.time_ns() // 1_000)
-            os.ftruncate(file.fd, 0)
-            os.write(file.fd, b"%d" % token)
+            os.pwrite(file.fd, b"%020d" % token, 0)
             return token
         finally:
             file.close()

@@ -322,6 +322,8 @@ class _Listener:
         #: The inboxes, and whether the server knows them.
         self._inboxes: dict[str, bool] = {}
         self._failures = 0
+        #: Why there is no connection.
+        self._reason: Exception | None = None
         threading.Thread(target=self._run, name="shardedflight-redis-inbox", daemon=True).start()
 
     def subscribe(self, inbox: str) -> None:
@@ -339,15 +341,16 @@ class _Listener:
                 lambda: self._inboxes.get(inbox) or self._failures > before, self._backend.timeout
             )
             if not self._inboxes.get(inbox):
-                raise BackendError("the server can not be used: it does not take subscriptions")
+                reason = self._reason or "it does not take subscriptions"
+                raise BackendError(f"the server can not be used: {reason}") from self._reason
 
     def _run(self) -> None:
         while not self._closed:
             try:
                 self._connect()
                 self._listen()
-            except (RedisError, OSError):
-                pass
+            except (RedisError, OSError) as error:
+                self._reason = error
             except Exception:
                 if not self._closed:  # or the connection was closed in the middle of anything
                     raise
@@ -359,7 +362,7 @@ class _Listener:
     def _connect(self) -> None:
         connection = self._node.connect(socket_timeout=max(1.0, self._backend.lease))
         with self._changed:
-            self._connection = connection
+            self._connection, self._reason = connection, None
             for inbox in self._inboxes:
                 connection.send_command("SSUBSCRIBE", inbox)
         if self._closed:

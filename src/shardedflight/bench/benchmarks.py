@@ -1,7 +1,7 @@
 """What is compared with what: the list of all benchmarks. `targets.py` has the figures to reach."""
 
 from shardedflight import ShardedFlight
-from shardedflight.bench import following, http, leading, memory, peers
+from shardedflight.bench import following, http, leading, memory, peers, tiers
 from shardedflight.bench.basics import constant_async, suspends_once
 from shardedflight.bench.measure import Benchmark, Prepare, Unit
 
@@ -15,6 +15,9 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
 
     def rounds(number: int) -> int:
         return 3 if quick else number
+
+    # Of stampedes.
+    processes, scale = (2, 0.1) if quick else (16, 1.0)
 
     def operations(number: int) -> int:
         return max(20, number // 50) if quick else number
@@ -149,6 +152,90 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
             operations=operations(800),
             rounds=rounds(31),
             prepare=http.passing,
+        ),
+        Benchmark(
+            name="tiers-leader",
+            what="`do`, leader, on a tier beyond the process",
+            against="redis: two bare `EVALSHA` of the same payload, by redis-py; host: a file that "
+            "is made, locked and removed",
+            blind_to="a network, whose time both sides pay; a server that others use",
+            unit=Unit.NANOSECONDS,
+            operations=operations(1_000),
+            rounds=rounds(15),
+            prepare=tiers.leading,
+            both_forms=False,
+        ),
+        Benchmark(
+            name="tiers-keys",
+            what="`do_async`, leaders of distinct keys over one Valkey, all at once",
+            against="the same commands in a pipeline for each of their two steps",
+            blind_to="a network; that the pipeline waits for nobody and runs no function; several "
+            "processes, which share the server's processor and have their own",
+            unit=Unit.CALLS_PER_SECOND,
+            operations=operations(1_000),
+            rounds=rounds(15),
+            prepare=tiers.distinct_keys,
+            both_forms=False,
+        ),
+        Benchmark(
+            name="tiers-round-trips",
+            what="scripts that the server has run",
+            against="nothing",
+            blind_to="renewals of a lease, three in the time of one for all that a process leads",
+            unit=Unit.COUNT,
+            operations=5,
+            rounds=1,
+            prepare=tiers.round_trips,
+            both_forms=False,
+        ),
+        Benchmark(
+            name="tiers-memory",
+            what="an execution in flight in the server's memory, a process with its connections, "
+            "and one of its inboxes",
+            against="nothing",
+            blind_to="the outcome, which is kept for three leases if anybody followed; buffers of "
+            "connections that are behind",
+            unit=Unit.BYTES,
+            operations=5,
+            rounds=1,
+            prepare=tiers.memory,
+            both_forms=False,
+        ),
+        Benchmark(
+            name="tiers-wake",
+            what="two processes, one key: how soon the other has what one has found",
+            against="the time until a process has read a line from a pipe",
+            blind_to="a network; several followers",
+            unit=Unit.SECONDS,
+            operations=2,
+            rounds=rounds(15),
+            prepare=tiers.stampeding(tiers.TIERS, 0.2, fails=False),
+            both_forms=False,
+        ),
+        Benchmark(
+            name="tiers-stampede",
+            what=f"{processes} processes, one key, a function of {1 * scale:g} s",
+            against="the function's time; for who is awake, until half of the processes have read "
+            "a line from a pipe",
+            blind_to="a network; more processors than the processes, and what they would do else",
+            unit=Unit.SECONDS,
+            operations=processes,
+            rounds=rounds(3),
+            prepare=tiers.stampeding(tiers.TIERS, 1 * scale, fails=False),
+            prepare_peers=tiers.stampeding(tuple(tiers.OTHERS), 1 * scale, fails=False),
+            both_forms=False,
+        ),
+        Benchmark(
+            name="tiers-failure",
+            what=f"{processes} processes, one key, a function that raises after {0.5 * scale:g} s",
+            against="the function's time",
+            blind_to="as `tiers-stampede`",
+            unit=Unit.SECONDS,
+            operations=processes,
+            rounds=rounds(3),
+            prepare=tiers.stampeding(tiers.TIERS, 0.5 * scale, fails=True),
+            prepare_peers=tiers.stampeding(tuple(tiers.OTHERS), 0.5 * scale, fails=True),
+            both_forms=False,
         ),
         Benchmark(
             name="memory-do",

@@ -28,9 +28,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measures what a flight costs, as ratios within one run.",
         epilog=(
-            "The whole takes five to ten minutes on two cores. It takes less with --only\n"
-            "(`scaling` and `follower-threads` are the longest), with --without peers or\n"
-            "--without plain, and with --quick, whose figures only show that it all works.\n\n"
+            "The whole takes about ten minutes on two cores. It takes less with --only\n"
+            "(`scaling`, `follower-threads` and `tiers` are the longest), with --without peers,\n"
+            "plain or tiers, and with --quick, whose figures only show that it all works.\n\n"
             f"Benchmarks: {', '.join(NAMES)}."
         ),
     )
@@ -39,15 +39,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         action="append",
         type=_names,
-        help="run this benchmark, or those that match, such as 'memory-*'; may be repeated",
+        help="run this benchmark, or those that match, such as 'memory-*', or a group by its first "
+        "word, such as tiers; may be repeated",
     )
     parser.add_argument(
         "--without",
         action="append",
         default=[],
-        choices=["peers", "plain"],
-        help="leave out other libraries, or the plain form that is measured beside the compiled "
-        "one; may be repeated",
+        choices=["peers", "plain", "tiers"],
+        help="leave out other libraries, the plain form that is measured beside the compiled one, "
+        "or what needs a Valkey and several processes; may be repeated",
     )
     parser.add_argument("--quick", action="store_true", help="a short run: figures mean little")
     parser.add_argument(
@@ -66,6 +67,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _names(pattern: str) -> list[str]:
     found = [name for name in NAMES if fnmatchcase(name, pattern)]
+    if not found:  # the first word of several
+        found = [name for name in NAMES if fnmatchcase(name, f"{pattern}-*")]
     if not found:
         raise argparse.ArgumentTypeError(
             f"no benchmark is called {pattern!r}; there are {', '.join(NAMES)}"
@@ -83,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the benchmarks that were asked for, tells what they gave, returns the exit status."""
     options = parse(arguments)
     chosen = NAMES if options.only is None else [name for names in options.only for name in names]
+    if "tiers" in options.without:
+        chosen = [name for name in chosen if not name.startswith("tiers-")]
     command = shlex.join(["python", "-m", "shardedflight.bench", *arguments])
     try:
         options.keep.mkdir(parents=True, exist_ok=True)
@@ -141,7 +146,7 @@ def measure_all(
 
     Args:
         names: Which ones.
-        without: May have "peers" and "plain".
+        without: May have "peers" and "plain"; what is in `names` is measured in any case.
         quick: Whether figures need not mean anything.
     """
     results: list[Result] = []
@@ -176,7 +181,7 @@ def prepare(
 ) -> list[Contender]:
     """Makes all contenders of a benchmark, this library's first; `stack` ends them."""
     contenders = list(stack.enter_context(benchmark.prepare(benchmark.operations)))
-    if worker is not None:
+    if worker is not None and benchmark.both_forms:
         contenders += stack.enter_context(worker.prepare(benchmark.name, quick=quick))
     if peers and benchmark.prepare_peers is not None:
         contenders += stack.enter_context(benchmark.prepare_peers(benchmark.operations))

@@ -29,6 +29,19 @@ class Unit(Enum):
     NANOSECONDS = "ns"  # by their ratio
     CALLS_PER_SECOND = "/s"  # by their ratio
     BYTES = "B"  # by their difference
+    SECONDS = "s"  # not at all: the figure is what the contender took, the floor stands beside it
+    COUNT = "count"  # as seconds
+
+    @property
+    def compared_by(self) -> str:
+        """What the figure is: "ratio", "difference"; "nothing": it is the contender's alone."""
+        match self:
+            case Unit.BYTES:
+                return "difference"
+            case Unit.SECONDS | Unit.COUNT:
+                return "nothing"
+            case _:
+                return "ratio"
 
 
 class Pair(NamedTuple):
@@ -47,12 +60,14 @@ class Contender:
         pair: The contender and its floor; None if it cannot be measured here.
         point: Which point of the benchmark, where it has several.
         absent: Why there is no pair.
+        unit: What is measured, if it is not what the benchmark says.
     """
 
     who: str
     pair: Pair | None
     point: str = ""
     absent: str = ""
+    unit: Unit | None = None
 
 
 #: Called with the number of operations of a side; yields who is compared. It checks that what is
@@ -88,17 +103,19 @@ class Benchmark(Subject):
         rounds: How many rounds.
         prepare: Makes the pairs of this library.
         prepare_peers: Makes the pairs of other libraries.
+        both_forms: Whether the plain form is measured beside the compiled one.
     """
 
     operations: int
     rounds: int
     prepare: Prepare
     prepare_peers: Prepare | None = None
+    both_forms: bool = True
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the rounds gave: `figure` is the median ratio or difference, between its quartiles.
+    """What the rounds gave: `figure` is the median of what was compared, between its quartiles.
 
     `ours` and `floor` are the medians of the two sides.
     """
@@ -121,6 +138,7 @@ class Result:
     operations: int
     target: Target | None
     figures: Figures | None
+    unit: Unit
     absent: str = ""
 
     @property
@@ -147,12 +165,12 @@ def measure(
             target=target_of(benchmark.name, contender.point, contender.who)
             if contender.who in {"compiled", "plain"}
             else None,
-            figures=None
-            if contender.pair is None
-            else figures_of(costs[contender.pair], benchmark.unit),
+            figures=None if contender.pair is None else figures_of(costs[contender.pair], unit),
+            unit=unit,
             absent=contender.absent,
         )
         for contender in contenders
+        for unit in [contender.unit or benchmark.unit]
     ]
 
 
@@ -181,10 +199,13 @@ def _costs(
 def figures_of(costs: Iterable[tuple[float, float]], unit: Unit) -> Figures:
     """Compares the two sides of each round, and takes the medians."""
     ours, floor = zip(*costs, strict=True)
-    if unit is Unit.BYTES:
-        compared = [mine - other for mine, other in zip(ours, floor, strict=True)]
-    else:
-        compared = [mine / other for mine, other in zip(ours, floor, strict=True)]
+    match unit.compared_by:
+        case "difference":
+            compared = [mine - other for mine, other in zip(ours, floor, strict=True)]
+        case "ratio":
+            compared = [mine / other for mine, other in zip(ours, floor, strict=True)]
+        case _:
+            compared = list(ours)
     lower, middle, upper = (
         statistics.quantiles(compared, n=4, method="inclusive")
         if len(compared) > 1

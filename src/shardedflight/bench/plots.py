@@ -32,13 +32,17 @@ _DPI = 120
 def pictures(results: Sequence[Result], grid: Grid | None) -> Iterator[tuple[str, Figure]]:
     """Draws what there is to draw; yields file names and figures."""
     with rc_context(_STYLE):
-        times = [one for one in results if one.figures and one.subject.unit is not Unit.BYTES]
-        memory = [one for one in results if one.figures and one.subject.unit is Unit.BYTES]
+        measured = [one for one in results if one.figures]
+        times = [one for one in measured if one.unit.compared_by == "ratio"]
+        memory = [one for one in measured if one.unit is Unit.BYTES]
+        processes = [one for one in measured if one.unit is Unit.SECONDS]
         curves = [one for one in times if one.subject.name in _CURVES and one.who in _FORMS]
         if times:
-            yield "ratios.png", _bars(times, "times the floor, on a logarithmic scale")
+            yield "ratios.png", _bars(times, "times the floor, on a logarithmic scale", 0.1)
         if memory:
-            yield "memory.png", _bars(memory, "bytes beyond the floor, on a logarithmic scale")
+            yield "memory.png", _bars(memory, "bytes beyond the floor, on a logarithmic scale", 0.1)
+        if processes:
+            yield "tiers.png", _bars(processes, "seconds, on a logarithmic scale", 1e-5)
         if curves:
             yield "curves.png", _curves(curves)
         if grid is not None:
@@ -50,8 +54,8 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=_DPI)
 
 
-def _bars(results: Sequence[Result], label: str) -> Figure:
-    """One bar for each figure, with its quartiles and its target."""
+def _bars(results: Sequence[Result], label: str, least: float) -> Figure:
+    """One bar for each figure, of `least` at least, with its quartiles and its target."""
     lines = len(results) + 2.3 * len(list(groups(results)))
     figure = Figure((9, 1.2 + 0.2 * lines), layout="constrained")
     axes = figure.subplots()
@@ -71,7 +75,7 @@ def _bars(results: Sequence[Result], label: str) -> Figure:
             figures = result.figures
             assert figures is not None
             # A logarithmic scale has no place for what is not above 0.
-            value = max(figures.figure, 0.1)
+            value = max(figures.figure, least)
             axes.barh(at, value, color=_MET[result.met], height=0.8)
             label_at = value
             if result.target is not None:
@@ -80,7 +84,7 @@ def _bars(results: Sequence[Result], label: str) -> Figure:
                 # Where the two would lie on each other.
                 label_at = target if value < target < 1.5 * value else value
             axes.annotate(
-                f" {compared(figures.figure, subject.unit)}",
+                f" {compared(figures.figure, result.unit)}",
                 (label_at, at),
                 verticalalignment="center",
                 fontsize=7,

@@ -6,6 +6,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,16 @@ def amount(value: float, unit: Unit) -> str:
         case Unit.BYTES:
             return f"{value:,.0f} B"
         case Unit.CALLS_PER_SECOND:
-            return f"{value / 1e6:.{2 if value < 1e7 else 1}f} M/s"
+            thousands = value < 1e5
+            return (
+                f"{value / 1e3:.1f} k/s"
+                if thousands
+                else f"{value / 1e6:.{2 if value < 1e7 else 1}f} M/s"
+            )
+        case Unit.COUNT:
+            return f"{value:g}"
+        case Unit.SECONDS:
+            return f"{value:.3f} s" if value >= 0.1 else f"{value * 1e3:.2f} ms"
         case Unit.NANOSECONDS if value < 1e4:
             return f"{value:,.0f} ns"
         case Unit.NANOSECONDS if value < 1e7:
@@ -91,8 +101,21 @@ def amount(value: float, unit: Unit) -> str:
 
 
 def compared(value: float, unit: Unit) -> str:
-    """Writes a ratio or a difference."""
-    return amount(value, unit) if unit is Unit.BYTES else f"{_digits(value)}x"
+    """Writes a figure: a ratio, or what has a unit."""
+    return f"{_digits(value)}x" if unit.compared_by == "ratio" else amount(value, unit)
+
+
+def _without_unit(unit: Unit, beside: float, value: float) -> str:
+    """Writes a quartile: its unit is that of the figure beside which it stands."""
+    match unit:
+        case Unit.BYTES:
+            return f"{value:,.0f}"
+        case Unit.SECONDS:
+            return f"{value:.3f}" if beside >= 0.1 else f"{value * 1e3:.2f}"
+        case Unit.COUNT:
+            return f"{value:g}"
+        case _:
+            return _digits(value)
 
 
 def _digits(value: float) -> str:
@@ -105,7 +128,7 @@ def target_in_words(result: Result) -> str:
     if result.target is None:
         return ""
     sign = "≥" if result.target.at_least else "≤"
-    return f"{sign} {compared(result.target.value, result.subject.unit)}"
+    return f"{sign} {compared(result.target.value, result.unit)}"
 
 
 def by_whom(result: Result) -> str:
@@ -116,11 +139,11 @@ def by_whom(result: Result) -> str:
 def cells(result: Result) -> list[str]:
     """Writes what was measured: both sides, the figure, its quartiles, the target, whether met."""
     met = {True: "yes", False: "no", None: ""}[result.met]
-    unit = result.subject.unit
+    unit = result.unit
     if result.figures is None:
         return ["", "", result.absent, "", target_in_words(result), met]
     figures = result.figures
-    digits = "{:,.0f}".format if unit is Unit.BYTES else _digits
+    digits = partial(_without_unit, unit, figures.figure)
     return [
         amount(figures.ours, unit),
         amount(figures.floor, unit),
@@ -154,12 +177,12 @@ def as_table(results: Sequence[Result], *, quick: bool) -> Group:
                 (f"\nblind to: {subject.blind_to}", "dim"),
             )
         )
-        scale = longest(members)
-        parts.append(_columns([_line(result, scale) for result in members]))
+        parts.append(_columns([_line(result, longest(members, result.unit)) for result in members]))
     notes = [in_words(surroundings())]
     notes.append(
         "Medians over rounds; times and rates are compared by their ratio, memory by the "
-        "difference. Green reaches the target, red does not; in a bar, ┃ is the target."
+        "difference; what is in seconds, or counted, is not compared. Green reaches the target, "
+        "red does not; in a bar, ┃ is the target."
     )
     if FORM == "plain":
         notes.append("This installation is plain Python: the compiled form is not measured.")
@@ -197,10 +220,11 @@ def _line(result: Result, scale: float) -> list[str | Text]:
     ]
 
 
-def longest(results: Sequence[Result]) -> float:
-    """Returns the figure or target that takes a whole bar."""
-    figures = [result.figures.figure for result in results if result.figures is not None]
-    targets = [result.target.value for result in results if result.target is not None]
+def longest(results: Sequence[Result], unit: Unit) -> float:
+    """Returns the figure or target that takes a whole bar, of those in a unit."""
+    of_unit = [result for result in results if result.unit is unit]
+    figures = [result.figures.figure for result in of_unit if result.figures is not None]
+    targets = [result.target.value for result in of_unit if result.target is not None]
     return max([*figures, *targets], default=0.0)
 
 
@@ -327,8 +351,8 @@ def _row_as_json(result: Result) -> dict[str, Any]:
         "by": result.who,
         "point": result.point,
         "blind_to": subject.blind_to,
-        "unit": subject.unit.value,
-        "compared_by": "difference" if subject.unit is Unit.BYTES else "ratio",
+        "unit": result.unit.value,
+        "compared_by": result.unit.compared_by,
         "operations": result.operations,
         "target": None if target is None else target.value,
         "target_is": None if target is None else "at least" if target.at_least else "at most",

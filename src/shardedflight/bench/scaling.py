@@ -222,6 +222,7 @@ def results_of(grid: Grid) -> list[Result]:
             figures=figures_of(
                 zip(grid.rates[first], grid.rates[second], strict=True), SUBJECT.unit
             ),
+            unit=SUBJECT.unit,
         )
         for point, (first, second) in compared.items()
     ]

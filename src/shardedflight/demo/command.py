@@ -15,6 +15,12 @@ from shardedflight import InvalidShardsError, ShardedFlight
 
 PROGRAM = "shardedflight demo"
 
+#: What the URL of a server begins with.
+_SCHEMES = ("redis://", "rediss://", "unix://")
+
+#: Server processes where there are several and the user has not said how many.
+_WORKERS = 4
+
 #: A flight may have more, but they take memory and there is nothing to see.
 _MOST_SHARDS = 65_536
 
@@ -33,7 +39,11 @@ class Options:
     shards: int | None
     #: Rows in the database.
     rows: int
-    #: Where the server listens; 0 is any free port.
+    #: Server processes.
+    workers: int
+    #: What their flights meet on: "host", "valkey" or a URL; None: each is on its own.
+    backend: str | None
+    #: Where the first of them listens, the others on free ports; 0 is any free port.
     port: int
     #: Where the report goes.
     report: Path
@@ -93,12 +103,22 @@ def _shards(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _backend(text: str) -> str:
+    if text not in ("host", "valkey") and not text.startswith(_SCHEMES):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} will not do, give host, valkey, or the URL of a server, such as "
+            "redis://127.0.0.1:6379"
+        )
+    return text
+
+
 def parse(arguments: Sequence[str]) -> Options:
     """Reads the options; exits with status 2 and a sentence if one of them cannot be."""
     parser = _Parser(
         prog=PROGRAM,
         description="Starts an HTTP API over a SQLite database, fires the same load at a route "
-        "that queries directly and at one that goes through a flight, and compares the two.",
+        "that queries directly and at one that goes through a flight, and compares the two. With "
+        "several server processes, also at one whose flights share beyond their process.",
         allow_abbrev=False,
     )
 
@@ -116,7 +136,21 @@ def parse(arguments: Sequence[str]) -> Options:
         "shards of the flight, a power of two (default: ShardedFlight's own)",
     )
     add("--rows", _whole(1, 1_000_000), 100_000, "rows in the database")
-    add("--port", _whole(0, 65_535), 0, "where the server listens; 0 is any free port")
+    add(
+        "--workers",
+        _whole(1, 64),
+        None,
+        f"server processes (default: 1, or {_WORKERS} with --backend)",
+    )
+    parser.add_argument(
+        "--backend",
+        metavar="WHAT",
+        type=_backend,
+        help="what the flights of several processes meet on: host, a directory of this machine; "
+        "valkey, a server that the demo starts; or the URL of a Redis or Valkey "
+        "(default: host, if there are several)",
+    )
+    add("--port", _whole(0, 65_535), 0, "where the first server listens; 0 is any free port")
     add("--seed", _whole(0, 2**63 - 1), 1, "decides the rows and which client asks for what")
     parser.add_argument(
         "--report",
@@ -126,7 +160,12 @@ def parse(arguments: Sequence[str]) -> Options:
         help="where the report goes, one HTML file (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
-    return Options(**vars(parser.parse_args(arguments)))
+    given = parser.parse_args(arguments)
+    if given.workers is None:
+        given.workers = 1 if given.backend is None else _WORKERS
+    if given.backend is None and given.workers > 1:
+        given.backend = "host"
+    return Options(**vars(given))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -140,6 +179,9 @@ def main(arguments: Sequence[str]) -> int:
     # After the options: the parts of the extra take a while to import, and may be missing.
     from shardedflight.demo.errors import DemoError  # noqa: PLC0415
     from shardedflight.demo.run import run  # noqa: PLC0415
+    from shardedflight.demo.tier import check_extra  # noqa: PLC0415
+
+    check_extra(options.backend)
 
     try:
         return run(options)

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from shardedflight.demo.server import RouteName
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stampede:
@@ -81,14 +83,13 @@ class RouteFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Both routes under the same load."""
+    """All routes under the same load, in the order in which they were measured."""
 
-    direct: RouteFigures
-    flight: RouteFigures
-    #: What the flight said of itself in the end: its shards, and `stats()`.
-    stats: dict[str, int]
+    routes: dict[RouteName, RouteFigures]
+    #: What the flights of a route said of themselves in the end: their shards, and `stats()`.
+    stats: dict[RouteName, dict[str, int]]
 
     @property
     def failed(self) -> int:
-        """How many requests failed on either route."""
-        return self.direct.failed + self.flight.failed
+        """How many requests failed on any route."""
+        return sum(route.failed for route in self.routes.values())

@@ -5,7 +5,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 import aiohttp
 
@@ -23,13 +23,23 @@ _RETRY_PAUSE = 0.1
 
 
 class Load:
-    """The clients of one route. The same seed makes each client ask for the same items in turn."""
+    """The clients of one route. The same seed makes each client ask for the same items in turn.
+
+    They are spread over the servers evenly, as a load balancer does it: each asks one of them.
+    """
 
     def __init__(
-        self, session: aiohttp.ClientSession, route: str, *, clients: int, keys: int, seed: int
+        self,
+        session: aiohttp.ClientSession,
+        addresses: Sequence[str],
+        route: str,
+        *,
+        clients: int,
+        keys: int,
+        seed: int,
     ) -> None:
         self._session = session
-        self._route = route
+        self._urls = [f"{address}/{route}" for address in addresses]
         self._items = range(1, keys + 1)
         self._weights = list(itertools.accumulate(n**-ZIPF_EXPONENT for n in self._items))
         self._clients = [
@@ -46,11 +56,12 @@ class Load:
         """Requests that have ended, well or not."""
         return len(self.latencies) + self.failures.total()
 
-    async def ask(self, item: int) -> None:
-        """One client asks for one item; the outcome is counted."""
+    async def ask(self, item: int, client: int = 0) -> None:
+        """One client, of this number, asks for one item; the outcome is counted."""
+        url = self._urls[client % len(self._urls)]
         began = time.perf_counter()
         try:
-            async with self._session.get(f"/{self._route}/{item}") as response:
+            async with self._session.get(f"{url}/{item}") as response:
                 if response.status != 200:
                     failure = f"HTTP {response.status}, {await response.text()}"
                 elif (await response.json())["item"] != item:
@@ -68,22 +79,24 @@ class Load:
     async def ask_until(self, deadline: float) -> None:
         """All clients ask, one item after another, until the monotonic time; then all are idle."""
 
-        async def client(draw: random.Random) -> None:
+        async def client(number: int, draw: random.Random) -> None:
             while time.monotonic() < deadline:
                 (item,) = draw.choices(self._items, cum_weights=self._weights)
-                await self.ask(item)
+                await self.ask(item, number)
 
         await self._all(client)
 
     async def stampede(self) -> None:
         """All clients ask for the hot item at once, each one time."""
 
-        async def client(_: random.Random) -> None:
-            await self.ask(HOT_ITEM)
+        async def client(number: int, _: random.Random) -> None:
+            await self.ask(HOT_ITEM, number)
 
         await self._all(client)
 
-    async def _all(self, client: Callable[[random.Random], Coroutine[None, None, None]]) -> None:
+    async def _all(
+        self, client: Callable[[int, random.Random], Coroutine[None, None, None]]
+    ) -> None:
         async with asyncio.TaskGroup() as group:
-            for draw in self._clients:
-                group.create_task(client(draw))
+            for number, draw in enumerate(self._clients):
+                group.create_task(client(number, draw))

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 import aiohttp
@@ -12,36 +13,38 @@ from shardedflight.demo.errors import DemoError
 from shardedflight.demo.figures import Figures, RouteFigures, Stampede
 from shardedflight.demo.load import REQUEST_TIMEOUT, Load
 from shardedflight.demo.progress import Display
+from shardedflight.demo.series import most_at_once
 from shardedflight.demo.server import RouteName
 
 #: Seconds between two looks at the counters for the display.
 _POLL_INTERVAL = 0.25
 
 
-async def measure(address: str, options: Options, display: Display) -> Figures:
-    """Fires the load at both routes of the server."""
+async def measure(addresses: Sequence[str], options: Options, display: Display) -> Figures:
+    """Fires the load at the routes of the servers."""
     async with aiohttp.ClientSession(
-        address,
         # As many connections as clients, kept open however long they wait for one another.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3600),
         timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT),
     ) as session:
-        control = Control(session)
-        return Figures(
-            direct=await _measure_route("direct", session, control, options, display),
-            flight=await _measure_route("flight", session, control, options, display),
-            stats=await control.stats(),
-        )
+        control = Control(session, addresses)
+        routes: dict[RouteName, RouteFigures] = {}
+        for route in await control.counters():
+            load = Load(
+                session,
+                addresses,
+                route,
+                clients=options.clients,
+                keys=options.keys,
+                seed=options.seed,
+            )
+            routes[route] = await _measure_route(route, load, control, options, display)
+        return Figures(routes=routes, stats=await control.stats())
 
 
 async def _measure_route(
-    route: RouteName,
-    session: aiohttp.ClientSession,
-    control: Control,
-    options: Options,
-    display: Display,
+    route: RouteName, load: Load, control: Control, options: Options, display: Display
 ) -> RouteFigures:
-    load = Load(session, route, clients=options.clients, keys=options.keys, seed=options.seed)
     # Queries whose clients gave up may still be running.
     await control.idle()
     display.begin(f"Load on /{route}")
@@ -49,36 +52,33 @@ async def _measure_route(
     try:
         began = time.monotonic()
         await load.ask_until(began + options.duration / 2)
-        before = await control.lap(route)
         stampede_began = time.monotonic()
         await load.stampede()
         stampede_ended = time.monotonic()
-        during = await control.lap(route)
         await load.ask_until(began + options.duration)
         ended = time.monotonic()
-        after = await control.lap(route)
     finally:
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
-    display.end(_note(load, ended - began, after["queries"]))
+    activity = await control.activity(route)
+    starts, ends = activity.starts, activity.ends
+    display.end(_note(load, ended - began, len(starts)))
     return RouteFigures(
         seconds=ended - began,
         requests=load.requests,
         failures=dict(load.failures),
-        queries=after["queries"],
-        queries_at_once=max(lap["queries_at_once"] for lap in (before, during, after)),
+        queries=len(starts),
+        queries_at_once=most_at_once(starts, ends, began, ended),
         latencies=sorted(load.latencies),
         in_flight=[
-            (at - began, number)
-            for at, number in await control.samples(route)
-            if began <= at <= ended
+            (at - began, number) for at, number in activity.in_flight if began <= at <= ended
         ],
         stampede=Stampede(
             began=stampede_began - began,
             ended=stampede_ended - began,
             requests=options.clients,
-            queries=during["queries"] - before["queries"],
-            queries_at_once=during["queries_at_once"],
+            queries=sum(stampede_began <= at <= stampede_ended for at in starts),
+            queries_at_once=most_at_once(starts, ends, stampede_began, stampede_ended),
         ),
     )
 

@@ -25,17 +25,16 @@ from matplotlib.ticker import (
 )
 
 from shardedflight.demo.figures import Figures, RouteFigures
+from shardedflight.demo.server import RouteName
 
 # Drawn in these, which occur nowhere else, and then replaced.
 _INK = "#000001"
 _FAINT = "#000002"
-_DIRECT = "#000003"
-_FLIGHT = "#000004"
+_COLOURS: dict[RouteName, str] = {"direct": "#000003", "flight": "#000004", "tier": "#000005"}
 _VARIABLES = {
     _INK: "var(--ink)",
     _FAINT: "var(--faint)",
-    _DIRECT: "var(--direct)",
-    _FLIGHT: "var(--flight)",
+    **{colour: f"var(--{route})" for route, colour in _COLOURS.items()},
 }
 
 _STYLE: dict[Any, str | float | bool] = {
@@ -68,7 +67,7 @@ def latencies(figures: Figures) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for route, colour in ((figures.direct, _DIRECT), (figures.flight, _FLIGHT)):
+        for name, route in figures.routes.items():
             number = len(route.latencies)
             step = max(1, number // _POINTS)
             # Backwards, so that the slowest is among them.
@@ -76,7 +75,7 @@ def latencies(figures: Figures) -> str:
             axes.plot(
                 [route.latencies[place] * 1000 for place in places],
                 [(place + 1) / number * 100 for place in places],
-                color=colour,
+                color=_COLOURS[name],
                 linewidth=2,
             )
         axes.set_xscale("log")
@@ -91,21 +90,24 @@ def latencies(figures: Figures) -> str:
         axes.set_xlabel("latency")
         axes.set_title("requests answered within")
 
-    return _both_widths(draw, "Distribution of the latency of both routes", height=3.2)
+    return _both_widths(draw, "Distribution of the latency of the routes", height=3.2)
 
 
 def in_flight(figures: Figures) -> str:
     """Executions in flight over time."""
 
     def draw(figure: Figure) -> None:
-        upper, lower = figure.subplots(2, sharex=True, sharey=True)
-        _draw_in_flight(upper, figures.direct, "/direct", _DIRECT)
-        _draw_in_flight(lower, figures.flight, "/flight", _FLIGHT)
-        lower.set_xlabel("seconds since the load began")
-        lower.set_xlim(0, max(figures.direct.seconds, figures.flight.seconds))
-        lower.set_ylim(bottom=0)
+        routes = figures.routes
+        every = figure.subplots(len(routes), sharex=True, sharey=True)
+        for axes, (name, route) in zip(every, routes.items(), strict=True):
+            _draw_in_flight(axes, route, f"/{name}", _COLOURS[name])
+        lowest = every[-1]
+        lowest.set_xlabel("seconds since the load began")
+        lowest.set_xlim(0, max(route.seconds for route in routes.values()))
+        lowest.set_ylim(bottom=0)
 
-    return _both_widths(draw, "Executions in flight over time on both routes", height=4.2)
+    height = 2.1 * len(figures.routes)
+    return _both_widths(draw, "Executions in flight over time on the routes", height=height)
 
 
 def stampede(figures: Figures) -> str:
@@ -113,7 +115,8 @@ def stampede(figures: Figures) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for route, colour in ((figures.direct, _DIRECT), (figures.flight, _FLIGHT)):
+        for name, route in figures.routes.items():
+            colour = _COLOURS[name]
             began, ended = route.stampede.began, route.stampede.ended
             points = [(0.0, 0)]
             points += [
@@ -131,7 +134,7 @@ def stampede(figures: Figures) -> str:
         axes.set_xlabel("milliseconds since the stampede began")
         axes.set_title("executions in flight")
 
-    return _both_widths(draw, "Executions in flight in the stampede on both routes", height=2.8)
+    return _both_widths(draw, "Executions in flight in the stampede on the routes", height=2.8)
 
 
 def _draw_in_flight(axes: Axes, route: RouteFigures, name: str, colour: str) -> None:

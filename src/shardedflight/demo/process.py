@@ -1,19 +1,16 @@
-"""The server process: started, watched and ended."""
+"""The processes of the demo: started, watched and ended."""
 
 import asyncio
-import dataclasses
-import json
 import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shardedflight.demo.errors import DemoError
-from shardedflight.demo.server import Settings
 
 T = TypeVar("T")
 
@@ -52,69 +49,117 @@ def allow_open_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (number, most))
 
 
-class ServerProcess:
-    """A running server."""
+class Child:
+    """A process that ends when its standard input closes."""
 
-    def __init__(self, process: asyncio.subprocess.Process, address: str, log: Path) -> None:
+    def __init__(self, what: str, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._what = what
         self._process = process
         self._log = log
-        self.address = address
 
     @property
     def pid(self) -> int:
         """The process id."""
         return self._process.pid
 
-    async def while_it_runs(self, work: Coroutine[Any, Any, T]) -> T:
-        """Does the work; a server that ends meanwhile is a `DemoError`."""
-        task = asyncio.ensure_future(work)
-        ended = asyncio.ensure_future(self._process.wait())
-        try:
-            await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done() and task.exception() is not None:
-                # Work that fails may be the first to notice that the server is gone.
-                await asyncio.wait({ended}, timeout=1)
-            if ended.done():
-                raise DemoError(self._obituary(ended.result()))
-            return task.result()
-        finally:
-            task.cancel()
-            ended.cancel()
-            await asyncio.gather(task, ended, return_exceptions=True)
+    async def line(self) -> str:
+        """Returns the next line that it prints; of one that `answers`."""
+        assert self._process.stdout is not None
+        return (await self._process.stdout.readline()).decode()
+
+    async def ended(self) -> None:
+        """Raises `DemoError` when the process has ended."""
+        raise DemoError(self._obituary(await self._process.wait()))
 
     def _obituary(self, status: int) -> str:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
         last_words = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"the server process ended before its time ({how}){last_words and ': '}{last_words}"
+        return (
+            f"the {self._what} process ended before its time ({how})"
+            f"{last_words and ': '}{last_words}"
+        )
+
+
+async def while_they_run(children: Sequence[Child], work: Coroutine[Any, Any, T]) -> T:
+    """Does the work; a process that ends meanwhile is a `DemoError`."""
+    task = asyncio.ensure_future(work)
+    ends = [asyncio.ensure_future(child.ended()) for child in children]
+    try:
+        await asyncio.wait({task, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        if ends and task.done() and task.exception() is not None:
+            # Work that fails may be the first to notice that a process is gone.
+            await asyncio.wait(ends, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            if end.done():
+                end.result()
+        return task.result()
+    finally:
+        for future in (task, *ends):
+            future.cancel()
+        await asyncio.gather(task, *ends, return_exceptions=True)
 
 
 @asynccontextmanager
-async def serving(
-    listener: socket.socket, *, database: Path, shards: int | None, log: Path
-) -> AsyncGenerator[ServerProcess]:
-    """Starts the server on the listening socket, which it takes over, and ends it afterwards."""
-    settings = Settings(socket=listener.fileno(), database=str(database), shards=shards)
+async def child(
+    what: str,
+    module: str,
+    argument: str,
+    *,
+    log: Path,
+    pass_fds: Sequence[int] = (),
+    answers: bool = False,
+) -> AsyncGenerator[Child]:
+    """Starts a process and ends it afterwards.
+
+    Args:
+        what: What it is to users.
+        module: Of this package.
+        argument: Its only one.
+        log: The file for its standard error.
+        pass_fds: What it inherits.
+        answers: Whether what it prints is read.
+    """
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "shardedflight.demo.server",
-            json.dumps(dataclasses.asdict(settings)),
+            f"shardedflight.demo.{module}",
+            argument,
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE if answers else asyncio.subprocess.DEVNULL,
             stderr=errors,
-            pass_fds=[listener.fileno()],
-            # Ctrl-C is for the parent, which then ends the server.
+            pass_fds=pass_fds,
+            # Ctrl-C is for the parent, which then ends the process.
             start_new_session=True,
         )
     try:
-        host, port = listener.getsockname()
-        # With the last copy of the socket ends the waiting of whoever still connects to it.
-        listener.close()
-        yield ServerProcess(process, f"http://{host}:{port}", log)
+        yield Child(what, process, log)
     finally:
         await _end(process)
+
+
+@asynccontextmanager
+async def serving(
+    listeners: Sequence[socket.socket], settings: Callable[[int], str], directory: Path
+) -> AsyncGenerator[list[Child]]:
+    """Starts a server on each listening socket, which it takes over, and ends it afterwards.
+
+    Args:
+        listeners: The sockets.
+        settings: Called with the descriptor of a socket; what the server is told.
+        directory: For logs.
+    """
+    async with AsyncExitStack() as stack:
+        servers: list[Child] = []
+        for number, listener in enumerate(listeners, 1):
+            descriptor = listener.fileno()
+            log = directory / f"server-{number}.log"
+            server = child("server", "server", settings(descriptor), log=log, pass_fds=[descriptor])
+            servers.append(await stack.enter_async_context(server))
+            # With the last copy of the socket ends the waiting of whoever still connects to it.
+            listener.close()
+        yield servers
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

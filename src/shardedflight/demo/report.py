@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from html import escape
 from inspect import cleandoc
@@ -11,20 +12,23 @@ from shardedflight.demo import plots, summary
 from shardedflight.demo.command import Options
 from shardedflight.demo.database import QUERY
 from shardedflight.demo.errors import DemoError
-from shardedflight.demo.figures import Figures
+from shardedflight.demo.figures import Figures, RouteFigures
 from shardedflight.demo.load import ZIPF_EXPONENT
-from shardedflight.demo.server import SAMPLE_INTERVAL, WORKERS
+from shardedflight.demo.server import SAMPLE_INTERVAL, THREADS, RouteName
+from shardedflight.demo.tier import without_password
 
 _CSS = """
 :root {
   color-scheme: light dark;
   --ground: #fbfaf8; --card: #fff; --ink: #1f2328; --quiet: #5b6370; --faint: #b9bec7;
   --line: #e4e2dd; --direct: #c2500a; --flight: #1764ab;
+  --tier: #2a7f3f;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #14161a; --card: #1c1f25; --ink: #e6e8eb; --quiet: #9aa3af; --faint: #565e6b;
     --line: #2b3038; --direct: #f0883e; --flight: #58a6f0;
+    --tier: #56c271;
   }
 }
 * { box-sizing: border-box; }
@@ -36,7 +40,7 @@ h1 { margin: 0 0 .5rem; font-size: 1.75rem; line-height: 1.2; text-wrap: balance
 h2 { margin: 2.75rem 0 .25rem; font-size: 1.2rem; }
 p { margin: .4rem 0; max-width: 42rem; }
 .quiet, footer { color: var(--quiet); font-size: .9rem; }
-.direct { color: var(--direct); } .flight { color: var(--flight); }
+.direct { color: var(--direct); } .flight { color: var(--flight); } .tier { color: var(--tier); }
 .tiles { display: grid; gap: .75rem; margin: 1.75rem 0 0; padding: 0;
   grid-template-columns: repeat(auto-fit, minmax(13.5rem, 1fr)); }
 .tiles div, .card {
@@ -75,9 +79,13 @@ code { font: .92em ui-monospace, monospace; }
 .pairs dt { color: var(--quiet); } .pairs dd { margin: 0; text-align: right; }
 """
 
-_LEGEND = (
-    '<p class="legend"><span class="direct">/direct</span><span class="flight">/flight</span></p>'
-)
+#: How the routes are spoken of in the headline, where servers are several and where there is one.
+_SEVERAL: dict[RouteName, str] = {
+    "direct": "without a flight",
+    "flight": "with one in each process",
+    "tier": "with one that they share",
+}
+_ONE: dict[RouteName, str] = {**_SEVERAL, "flight": "with one"}
 
 
 def destination(path: Path) -> Path:
@@ -109,9 +117,8 @@ def save(page: str, path: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def page(figures: Figures, options: Options, address: str) -> str:
+def page(figures: Figures, options: Options, addresses: Sequence[str]) -> str:
     """Returns the report."""
-    stampede = figures.direct.stampede, figures.flight.stampede
     now = datetime.now().astimezone()
     return f"""<!doctype html>
 <html lang="en">
@@ -122,12 +129,10 @@ def page(figures: Figures, options: Options, address: str) -> str:
 <style>{_CSS}</style>
 </head>
 <body>
-<h1>{stampede[0].requests:,} requests for one key:
-<span class="direct">{_queries(stampede[0].queries)}</span> without a flight,
-<span class="flight">{_queries(stampede[1].queries)}</span> with one</h1>
-<p>One HTTP API, one database, the same load twice: first on <b class="direct">/direct</b>, where
-every request runs its query, then on <b class="flight">/flight</b>, where requests for a key whose
-query is already running wait for that one.</p>
+<h1>{_headline(figures, options)}</h1>
+<p>One HTTP API, one database, the same load on each route: first on <b class="direct">/direct</b>,
+where every request runs its query, then on <b class="flight">/flight</b>, where requests for a key
+whose query is already running wait for that one{_on_tier(figures, options)}.</p>
 <dl class="tiles">{_tiles(figures)}</dl>
 {_failures(figures)}
 <h2>The figures</h2>
@@ -137,32 +142,32 @@ query is already running wait for that one.</p>
 <p class="quiet">Executions in flight when, half-way through the load, all {options.clients:,}
 clients fall silent and then ask for the same item at once. A dashed line marks when the last of
 them has its answer.</p>
-<div class="card">{_LEGEND}{plots.stampede(figures)}</div>
+<div class="card">{_legend(figures)}{plots.stampede(figures)}</div>
 
 <h2>The whole load</h2>
 <p class="quiet">Executions in flight over time. An execution is one run of the query, from the
-request for it to its answer; it may have to wait for one of {WORKERS} worker threads. Sampled in
-the server every {SAMPLE_INTERVAL * 1000:g} ms, or as soon as it gets round to it:
-<code>flight.in_flight()</code> on /flight, requests being served on /direct.</p>
+call for it to its answer; it may have to wait for one of the {THREADS} threads of its process.
+Sampled in each server process every {SAMPLE_INTERVAL * 1000:g} ms, or as soon as it gets round to
+it, and added up.</p>
 <div class="card">{plots.in_flight(figures)}</div>
 
 <h2>Latency</h2>
 <p class="quiet">The share of requests that were answered within a time, on a logarithmic axis:
 further left is faster.</p>
-<div class="card">{_LEGEND}{plots.latencies(figures)}</div>
+<div class="card">{_legend(figures)}{plots.latencies(figures)}</div>
 
 <h2>How it was measured</h2>
-<p class="quiet">A server process (Starlette on uvicorn) over a SQLite file. A client asks, waits
+<p class="quiet">{_servers(options)} (Starlette on uvicorn) over a SQLite file. A client asks, waits
 for the answer and asks again at once, each on a connection of its own. Item number n is asked for
 in proportion to 1&#8239;/&#8239;n<sup>{ZIPF_EXPONENT:g}</sup> (Zipf's law). Nothing is cached and
 nothing sleeps: each query reads every row. Clients and server share the machine.</p>
 <div class="card"><pre>{escape(cleandoc(QUERY))}</pre></div>
-<div class="card"><dl class="pairs">{_pairs(_parameters(options, figures, address))}</dl></div>
+<div class="card"><dl class="pairs">{_pairs(_parameters(options, figures, addresses))}</dl></div>
 
-<h2>What the flight says</h2>
-<p class="quiet"><code>flight.stats()</code> in the end: <i>shared</i> counts callers that were
-served by somebody else's execution.</p>
-<div class="card"><dl class="pairs">{_pairs(_stats(figures))}</dl></div>
+<h2>What the flights say</h2>
+<p class="quiet"><code>flight.stats()</code> in the end{_summed(options)}: <i>shared</i> counts
+callers that were served by somebody else's execution.</p>
+{_stats(figures)}
 <footer><p>Measured on <time datetime="{now.isoformat(timespec="seconds")}">{now:%d %B %Y, %H:%M}
 </time> by <code>shardedflight demo</code>.</p></footer>
 </body>
@@ -170,29 +175,70 @@ served by somebody else's execution.</p>
 """
 
 
+def _headline(figures: Figures, options: Options) -> str:
+    said = _ONE if options.workers == 1 else _SEVERAL
+    requests = next(iter(figures.routes.values())).stampede.requests
+    over = "" if options.workers == 1 else f" over {options.workers} processes"
+    return f"{requests:,} requests for one key{over}:\n" + ",\n".join(
+        f'<span class="{name}">{_queries(route.stampede.queries)}</span> {said[name]}'
+        for name, route in figures.routes.items()
+    )
+
+
 def _queries(number: int) -> str:
     return f"{number:,} {'query' if number == 1 else 'queries'}"
 
 
+def _on_tier(figures: Figures, options: Options) -> str:
+    if "tier" not in figures.routes:
+        return ""
+    return (
+        ' if that is in the same process, then on <b class="tier">/tier</b>, where it may be in any'
+        f" of the server processes: their flights meet on {_backend(options)}"
+    )
+
+
+def _backend(options: Options) -> str:
+    match options.backend:
+        case "host":
+            return "the host tier, in a directory"
+        case "valkey":
+            return "a Valkey server that the demo has started"
+        case url:
+            return "" if url is None else f"the server {escape(without_password(url))}"
+
+
+def _servers(options: Options) -> str:
+    if options.workers == 1:
+        return "A server process"
+    return (
+        f"{options.workers} server processes, over which the clients are spread evenly, as a load "
+        "balancer does it"
+    )
+
+
+def _summed(options: Options) -> str:
+    return "" if options.workers == 1 else ", the sum over the processes"
+
+
+def _legend(figures: Figures) -> str:
+    names = "".join(f'<span class="{name}">/{name}</span>' for name in figures.routes)
+    return f'<p class="legend">{names}</p>'
+
+
 def _tiles(figures: Figures) -> str:
-    direct, flight = figures.direct, figures.flight
-    tiles = [
-        (
-            "Queries per 1,000 requests",
-            f"{1000 * direct.queries / direct.requests:,.0f}",
-            f"{1000 * flight.queries / flight.requests:,.0f}",
-        ),
-        ("Requests per second", f"{direct.per_second:,.0f}", f"{flight.per_second:,.0f}"),
-        (
-            "Latency, p99",
-            summary.milliseconds(direct.percentile(99)),
-            summary.milliseconds(flight.percentile(99)),
-        ),
-    ]
+    cells: dict[str, Callable[[RouteFigures], str]] = {
+        "Queries per 1,000 requests": lambda one: f"{1000 * one.queries / one.requests:,.0f}",
+        "Requests per second": lambda one: f"{one.per_second:,.0f}",
+        "Latency, p99": lambda one: summary.milliseconds(one.percentile(99)),
+    }
     return "".join(
-        f'<div><dt>{name}</dt><dd><span class="direct">{before}</span> <i>&rarr;</i> '
-        f'<span class="flight">{after}</span></dd></div>'
-        for name, before, after in tiles
+        f"<div><dt>{title}</dt><dd>"
+        + " <i>&rarr;</i> ".join(
+            f'<span class="{name}">{cell(route)}</span>' for name, route in figures.routes.items()
+        )
+        + "</dd></div>"
+        for title, cell in cells.items()
     )
 
 
@@ -203,38 +249,51 @@ def _failures(figures: Figures) -> str:
 def _table(figures: Figures) -> str:
     def lines(rows: list[summary.Row]) -> str:
         return "".join(
-            f'<tr><th scope="row">{row.name}</th><td>{row.direct}</td><td>{row.flight}</td></tr>'
+            f'<tr><th scope="row">{row.name}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in row.cells)
+            + "</tr>"
             for row in rows
         )
 
+    heads = "".join(f'<th scope="col" class="{name}">/{name}</th>' for name in figures.routes)
     return (
-        '<table><thead><tr><th></th><th scope="col" class="direct">/direct</th>'
-        '<th scope="col" class="flight">/flight</th></tr></thead>'
+        f"<table><thead><tr><th></th>{heads}</tr></thead>"
         f"<tbody>{lines(summary.rows_of_run(figures))}"
-        '<tr class="part"><th colspan="3">In the stampede</th></tr>'
+        f'<tr class="part"><th colspan="{1 + len(figures.routes)}">In the stampede</th></tr>'
         f"{lines(summary.rows_of_stampede(figures))}</tbody></table>"
     )
 
 
-def _parameters(options: Options, figures: Figures, address: str) -> dict[str, str]:
+def _parameters(options: Options, figures: Figures, addresses: Sequence[str]) -> dict[str, str]:
     machine = summary.machine()
+    backend = {} if options.backend is None else {"Backend": without_password(options.backend)}
     return {
         "Load on each route": f"{options.duration:g} s",
         "Clients": f"{options.clients:,}",
         "Items": f"{options.keys:,}",
         "Rows": f"{options.rows:,}",
         "Seed": str(options.seed),
-        "Shards": f"{figures.stats['shards']:,}",
-        "Worker threads": str(WORKERS),
-        "Address": address,
+        "Shards": f"{figures.stats['flight']['shards']:,}",
+        "Server processes": str(options.workers),
+        **backend,
+        "Threads of each": str(THREADS),
+        "Address" if len(addresses) == 1 else "Addresses": " ".join(addresses),
         "Python": str(machine["python"]),
         "System": str(machine["system"]),
         "Processors": str(machine["processors"]),
     }
 
 
-def _stats(figures: Figures) -> dict[str, str]:
-    return {name.replace("_", " "): f"{number:,}" for name, number in figures.stats.items()}
+def _stats(figures: Figures) -> str:
+    return "".join(
+        f'<div class="card"><p class="legend"><span class="{route}">/{route}</span></p>'
+        f'<dl class="pairs">{_pairs(_spelt_out(stats))}</dl></div>\n'
+        for route, stats in figures.stats.items()
+    )
+
+
+def _spelt_out(stats: dict[str, int]) -> dict[str, str]:
+    return {name.replace("_", " "): f"{number:,}" for name, number in stats.items()}
 
 
 def _pairs(pairs: dict[str, str]) -> str:

@@ -7,7 +7,8 @@ import socket
 import sqlite3
 import sys
 import tempfile
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from rich.console import Console
@@ -19,9 +20,10 @@ from shardedflight.demo.database import build
 from shardedflight.demo.errors import DemoError
 from shardedflight.demo.figures import Figures
 from shardedflight.demo.measure import measure
-from shardedflight.demo.process import allow_open_files, listen, serving
+from shardedflight.demo.process import allow_open_files, listen, serving, while_they_run
 from shardedflight.demo.progress import Display, display_on
-from shardedflight.demo.server import PAGE, WORKERS
+from shardedflight.demo.server import PAGE, THREADS, Settings
+from shardedflight.demo.tier import meeting_on
 
 #: Open files beside the connections: event loops, logs, the interpreter's own.
 _SPARE_FILES = 64
@@ -56,27 +58,29 @@ async def _until_stopped(options: Options) -> int:
 
 async def _demo(options: Options) -> int:
     destination = report.destination(options.report)
-    allow_open_files(options.clients + WORKERS + _SPARE_FILES)
-    with (
-        listen(options.port) as listener,
-        display_on(Console(stderr=True)) as display,
-    ):
-        host, port = listener.getsockname()
-        address = f"http://{host}:{port}"
-        figures = await _measure(options, listener, address, display)
+    # A server on the host tier has one more for each key that it follows.
+    allow_open_files(2 * options.clients + THREADS + _SPARE_FILES)
+    with ExitStack() as stack:
+        listeners = [
+            stack.enter_context(listen(0 if number else options.port))
+            for number in range(options.workers)
+        ]
+        display = stack.enter_context(display_on(Console(stderr=True)))
+        addresses = ["http://{}:{}".format(*listener.getsockname()) for listener in listeners]
+        figures = await _measure(options, listeners, addresses, display)
         display.begin("Report")
         # In a thread, for the display and a signal to be attended to meanwhile.
-        page = await asyncio.to_thread(report.page, figures, options, address)
+        page = await asyncio.to_thread(report.page, figures, options, addresses)
         report.save(page, destination)
         display.end(f"{len(page) // 1024:,} KB")
     if options.json:
         document = summary.as_json(figures, options)
-        document |= {"address": address, "report": str(destination)}
+        document |= {"addresses": addresses, "report": str(destination)}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         console = Console()
         console.print(summary.table(figures))
-        console.print(f"Served at {address}", highlight=False)
+        console.print(f"Served at {', '.join(addresses)}", highlight=False, soft_wrap=True)
         console.print(f"Report: {destination}", highlight=False, soft_wrap=True)
     if figures.failed:
         raise DemoError(summary.failures(figures))
@@ -84,7 +88,10 @@ async def _demo(options: Options) -> int:
 
 
 async def _measure(
-    options: Options, listener: socket.socket, address: str, display: Display
+    options: Options,
+    listeners: Sequence[socket.socket],
+    addresses: Sequence[str],
+    display: Display,
 ) -> Figures:
     try:
         temporary = tempfile.TemporaryDirectory(prefix="shardedflight-demo-")
@@ -93,16 +100,33 @@ async def _measure(
     with temporary as name:
         directory = Path(name)
         database = directory / "sales.sqlite"
-        await _build(database, options, display)
-        display.begin("Server")
-        async with serving(
-            listener, database=database, shards=options.shards, log=directory / "server.log"
-        ) as server:
-            await server.while_it_runs(answering(address))
-            display.end(f"{address} (process {server.pid})")
-            display.begin("Flights")
-            display.end(f"{address}{PAGE}/ while the demo runs")
-            return await server.while_it_runs(measure(address, options, display))
+        async with meeting_on(options.backend, directory) as (meeting, helpers):
+
+            def settings(descriptor: int) -> str:
+                return Settings(
+                    socket=descriptor,
+                    database=str(database),
+                    shards=options.shards,
+                    meeting=meeting,
+                ).write()
+
+            if meeting is not None:
+                display.begin("Backend")
+                display.end(meeting.shown)
+            await while_they_run(helpers, _build(database, options, display))
+            display.begin("Server")
+            async with serving(listeners, settings, directory) as servers:
+                children = [*helpers, *servers]
+                await while_they_run(children, answering(addresses))
+                display.end(
+                    ", ".join(
+                        f"{address} (process {server.pid})"
+                        for address, server in zip(addresses, servers, strict=True)
+                    )
+                )
+                display.begin("Flights")
+                display.end(f"{addresses[0]}{PAGE}/ while the demo runs")
+                return await while_they_run(children, measure(addresses, options, display))
 
 
 async def _build(database: Path, options: Options, display: Display) -> None:

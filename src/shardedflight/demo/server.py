@@ -1,10 +1,11 @@
 """The HTTP API, in a process of its own: `/direct/{item}` queries, `/flight/{item}` shares.
 
-All routes run the same query on the same pool of threads; only what stands between the request
-and the query differs. `/control` tells what went on.
+`/tier/{item}` shares with the other server processes, if there is a backend to meet on. All routes
+run the same query on the same pool of threads; only what stands between the request and the query
+differs. `/control` tells what went on.
 
 `/middleware/{item}` is `/direct` behind the middleware, for whoever asks it while the demo runs:
-the load does not. `/metrics` and `/debug/flights/` show both flights.
+the load does not. `/metrics` and `/debug/flights/` show all flights of the process.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -30,16 +31,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from shardedflight import ShardedFlight
+from shardedflight.demo import tier
 from shardedflight.demo.database import Database, Sales
+from shardedflight.demo.tier import Meeting
 from shardedflight.http.asgi import CoalesceMiddleware
 from shardedflight.observe.page import FlightsPage
 from shardedflight.observe.prometheus import FlightMetrics
 
-RouteName = Literal["direct", "flight"]
-ROUTES: tuple[RouteName, ...] = ("direct", "flight")
+RouteName = Literal["direct", "flight", "tier"]
 
-#: Threads that query, for both routes; as many as Starlette has for routes that are no coroutines.
-WORKERS = 40
+#: Threads that query, for all routes; as many as Starlette has for routes that are no coroutines.
+THREADS = 40
 
 #: Where the page that shows the flights is mounted.
 PAGE = "/debug/flights"
@@ -56,55 +58,66 @@ class Settings:
     socket: int
     database: str
     shards: int | None
+    #: What the flight of /tier meets others on; None: there is no such route.
+    meeting: Meeting | None
+
+    def write(self) -> str:
+        """The settings as JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> "Settings":
+        """The settings that `write` has written."""
+        found = json.loads(text)
+        meeting = found.pop("meeting")
+        return cls(**found, meeting=None if meeting is None else Meeting(**meeting))
 
 
 class Meter:
-    """What one route does to the database. Worker threads write it, under its lock."""
+    """What one route does to the database, at monotonic times."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queries = 0
-        self._running = 0
-        self._peak = 0
+        #: When each query started, and when each ended. Appended to by worker threads, under the
+        #: lock.
+        self.starts: list[float] = []
+        self.ends: list[float] = []
+        #: Executions: runs of the query, from the call for it to its answer. Written on the event
+        #: loop's thread only.
+        self.in_flight = 0
+        #: Times, and executions in flight then. Written by the sampling thread only; lists grow
+        #: atomically.
+        self.samples: list[tuple[float, int]] = []
 
     def __enter__(self) -> None:
         with self._lock:
-            self._queries += 1
-            self._running += 1
-            self._peak = max(self._peak, self._running)
+            self.starts.append(time.monotonic())
 
     def __exit__(self, *exc_info: object) -> None:
         with self._lock:
-            self._running -= 1
-
-    @property
-    def queries(self) -> int:
-        """Queries started so far."""
-        return self._queries
-
-    def lap(self) -> dict[str, int]:
-        """Queries so far, and the most at once since the last lap."""
-        with self._lock:
-            peak, self._peak = self._peak, self._running
-            return {"queries": self._queries, "queries_at_once": peak}
+            self.ends.append(time.monotonic())
 
 
 class Api:
     """The routes and what they share."""
 
     def __init__(self, settings: Settings) -> None:
-        self.flight = ShardedFlight(settings.shards, name="demo")
-        self._middleware_flight = ShardedFlight(settings.shards, name="middleware")
+        shards = settings.shards
+        self._flights: dict[RouteName, ShardedFlight] = {
+            "flight": ShardedFlight(shards, name="demo")
+        }
+        if settings.meeting is not None:
+            backend = tier.make(settings.meeting)
+            self._flights["tier"] = ShardedFlight(shards, backend=backend, name="tier")
+        self._middleware_flight = ShardedFlight(shards, name="middleware")
+        flights = (*self._flights.values(), self._middleware_flight)
         self._registry = CollectorRegistry()
-        FlightMetrics(self.flight, self._middleware_flight, registry=self._registry)
-        self._page = FlightsPage(self.flight, self._middleware_flight)
+        FlightMetrics(*flights, registry=self._registry)
+        self._page = FlightsPage(*flights)
         self._database = Database(Path(settings.database))
-        self._workers = ThreadPoolExecutor(WORKERS)
-        self._meters = {route: Meter() for route in ROUTES}
-        # Written on the event loop's thread only. Without a flight each request is an execution.
-        self._direct_in_flight = 0
-        # Written by the sampling thread only; lists grow atomically.
-        self._samples: dict[RouteName, list[tuple[float, int]]] = {route: [] for route in ROUTES}
+        self._threads = ThreadPoolExecutor(THREADS)
+        routes: tuple[RouteName, ...] = ("direct", *self._flights)
+        self._meters = {route: Meter() for route in routes}
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -123,8 +136,12 @@ class Api:
                 Mount(PAGE, self._page),
                 Route("/control", self.control),
                 Route("/control/stats", self.stats),
-                Route("/control/{route}/lap", self.lap, methods=["POST"]),
-                Route("/control/{route}/samples", self.samples),
+                Route("/control/{route}", self.activity),
+                *(
+                    [Route("/tier/{item:int}", self.shared_by_all)]
+                    if "tier" in self._flights
+                    else []
+                ),
             ],
             exception_handlers={Exception: self.failed},
             lifespan=self._lifespan,
@@ -132,34 +149,42 @@ class Api:
 
     async def direct(self, request: Request) -> Response:
         """Every request runs the query."""
-        self._direct_in_flight += 1
-        try:
-            sales = await self._query(self._meters["direct"], request.path_params["item"])
-        finally:
-            self._direct_in_flight -= 1
+        sales = await self._query(self._meters["direct"], request.path_params["item"])
         return JSONResponse(sales)
 
     async def shared(self, request: Request) -> Response:
         """Requests for an item whose query is in flight share that query."""
+        return await self._by_flight("flight", request)
+
+    async def shared_by_all(self, request: Request) -> Response:
+        """The same, whichever process the requests have come to."""
+        return await self._by_flight("tier", request)
+
+    async def _by_flight(self, route: RouteName, request: Request) -> Response:
         item = request.path_params["item"]
-        meter = self._meters["flight"]
-        sales, _ = await self.flight.do_async(lambda: self._query(meter, item), "item", item)
+        meter = self._meters[route]
+        flight = self._flights[route]
+        sales, _ = await flight.do_async(lambda: self._query(meter, item), "item", item)
         return JSONResponse(sales)
 
     async def collapsed(self, request: Request) -> Response:
         """Every request that comes through the middleware runs the query."""
-        return JSONResponse(await self._query(nullcontext(), request.path_params["item"]))
+        return JSONResponse(await self._query(Meter(), request.path_params["item"]))
 
     async def metrics(self, request: Request) -> Response:
         """What Prometheus scrapes."""
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _query(self, meter: AbstractContextManager[None], item: int) -> Sales:
+    async def _query(self, meter: Meter, item: int) -> Sales:
         def work() -> Sales:
             with meter:
                 return self._database.sales_of(item)
 
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+        meter.in_flight += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            meter.in_flight -= 1
 
     async def failed(self, request: Request, error: Exception) -> Response:
         """Tells the client why; the whole traceback goes to the log."""
@@ -167,46 +192,45 @@ class Api:
 
     async def control(self, request: Request) -> Response:
         """Counters for the live display."""
-        in_flight = self._in_flight()
         return JSONResponse(
             {
-                route: {"queries": self._meters[route].queries, "in_flight": in_flight[route]}
-                for route in ROUTES
+                route: {"queries": len(meter.starts), "in_flight": meter.in_flight}
+                for route, meter in self._meters.items()
             }
         )
 
+    async def activity(self, request: Request) -> Response:
+        """All that one route did."""
+        meter = self._meters[request.path_params["route"]]
+        return JSONResponse(
+            {"starts": meter.starts, "ends": meter.ends, "in_flight": meter.samples}
+        )
+
     async def stats(self, request: Request) -> Response:
-        """What the flight says of itself."""
-        stats = dataclasses.asdict(self.flight.stats())
-        # One number for each of possibly thousands of shards.
-        del stats["per_shard"]
-        return JSONResponse({"shards": self.flight.shards, **stats})
-
-    async def lap(self, request: Request) -> Response:
-        """Ends a stretch of the measurement of one route."""
-        return JSONResponse(self._meters[request.path_params["route"]].lap())
-
-    async def samples(self, request: Request) -> Response:
-        """Executions in flight over time: pairs of a monotonic time and a number."""
-        return JSONResponse(self._samples[request.path_params["route"]])
-
-    def _in_flight(self) -> dict[RouteName, int]:
-        return {"direct": self._direct_in_flight, "flight": self.flight.in_flight()}
+        """What the flights say of themselves."""
+        return JSONResponse({route: _stats(flight) for route, flight in self._flights.items()})
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncGenerator[None]:
         threading.Thread(target=self._sample, daemon=True).start()
         yield
-        self._workers.shutdown()
+        self._threads.shutdown()
         self._database.close()
 
     def _sample(self) -> None:
         # A thread, since a busy event loop would come to it late, just when it matters.
         while True:
             now = time.monotonic()
-            for route, number in self._in_flight().items():
-                self._samples[route].append((now, number))
+            for meter in self._meters.values():
+                meter.samples.append((now, meter.in_flight))
             time.sleep(SAMPLE_INTERVAL)
+
+
+def _stats(flight: ShardedFlight) -> dict[str, int]:
+    stats = dataclasses.asdict(flight.stats())
+    # One number for each of possibly thousands of shards.
+    del stats["per_shard"]
+    return {"shards": flight.shards, **stats}
 
 
 def _end_with_parent() -> None:
@@ -218,7 +242,7 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """Serves until the parent lets go."""
-    settings = Settings(**json.loads(sys.argv[1]))
+    settings = Settings.read(sys.argv[1])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     config = uvicorn.Config(
         Api(settings).app(),

@@ -4,56 +4,58 @@ import os
 import platform
 import sysconfig
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 
 from shardedflight.demo.command import Options
-from shardedflight.demo.figures import Figures
-from shardedflight.demo.server import WORKERS
+from shardedflight.demo.figures import Figures, RouteFigures, Stampede
+from shardedflight.demo.server import THREADS, RouteName
+from shardedflight.demo.tier import without_password
+
+#: How the routes are drawn on a terminal.
+COLOURS: dict[RouteName, str] = {"direct": "yellow", "flight": "cyan", "tier": "green"}
 
 
 class Row(NamedTuple):
     """A line of the table."""
 
     name: str
-    direct: str
-    flight: str
+    #: One for each route.
+    cells: list[str]
 
 
 def rows_of_run(figures: Figures) -> list[Row]:
     """The whole load."""
-    direct, flight = figures.direct, figures.flight
+
+    def row(name: str, cell: Callable[[RouteFigures], str]) -> Row:
+        return Row(name, [cell(route) for route in figures.routes.values()])
+
     return [
-        Row("Requests", f"{direct.requests:,}", f"{flight.requests:,}"),
-        Row("Failed requests", f"{direct.failed:,}", f"{flight.failed:,}"),
-        Row("Database queries", f"{direct.queries:,}", f"{flight.queries:,}"),
-        Row("Requests per second (QPS)", f"{direct.per_second:,.0f}", f"{flight.per_second:,.0f}"),
-        *(
-            Row(
-                f"Latency, p{percent}",
-                milliseconds(direct.percentile(percent)),
-                milliseconds(flight.percentile(percent)),
-            )
-            for percent in (50, 95, 99)
-        ),
-        Row("Most queries at once", f"{direct.queries_at_once:,}", f"{flight.queries_at_once:,}"),
+        row("Requests", lambda route: f"{route.requests:,}"),
+        row("Failed requests", lambda route: f"{route.failed:,}"),
+        row("Database queries", lambda route: f"{route.queries:,}"),
+        row("Requests per second (QPS)", lambda route: f"{route.per_second:,.0f}"),
+        row("Latency, p50", lambda route: milliseconds(route.percentile(50))),
+        row("Latency, p95", lambda route: milliseconds(route.percentile(95))),
+        row("Latency, p99", lambda route: milliseconds(route.percentile(99))),
+        row("Most queries at once", lambda route: f"{route.queries_at_once:,}"),
     ]
 
 
 def rows_of_stampede(figures: Figures) -> list[Row]:
     """The stampede alone."""
-    direct, flight = figures.direct.stampede, figures.flight.stampede
+
+    def row(name: str, cell: Callable[[Stampede], str]) -> Row:
+        return Row(name, [cell(route.stampede) for route in figures.routes.values()])
+
     return [
-        Row("Requests, all for one key", f"{direct.requests:,}", f"{flight.requests:,}"),
-        Row("Database queries", f"{direct.queries:,}", f"{flight.queries:,}"),
-        Row("Most queries at once", f"{direct.queries_at_once:,}", f"{flight.queries_at_once:,}"),
-        Row(
-            "Everyone answered after",
-            milliseconds(direct.seconds * 1000),
-            milliseconds(flight.seconds * 1000),
-        ),
+        row("Requests, all for one key", lambda stampede: f"{stampede.requests:,}"),
+        row("Database queries", lambda stampede: f"{stampede.queries:,}"),
+        row("Most queries at once", lambda stampede: f"{stampede.queries_at_once:,}"),
+        row("Everyone answered after", lambda stampede: milliseconds(stampede.seconds * 1000)),
     ]
 
 
@@ -61,14 +63,14 @@ def table(figures: Figures) -> Table:
     """The table that the demo ends with."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
-    table.add_column("/direct", justify="right", style="yellow")
-    table.add_column("/flight", justify="right", style="cyan")
+    for route in figures.routes:
+        table.add_column(f"/{route}", justify="right", style=COLOURS[route])
     for row in rows_of_run(figures):
-        table.add_row(*row)
+        table.add_row(row.name, *row.cells)
     table.add_section()
     table.add_row("[bold]In the stampede")
     for row in rows_of_stampede(figures):
-        table.add_row(*row)
+        table.add_row(row.name, *row.cells)
     return table
 
 
@@ -79,13 +81,15 @@ def as_json(figures: Figures, options: Options) -> dict[str, Any]:
             "duration": options.duration,
             "clients": options.clients,
             "keys": options.keys,
-            "shards": figures.stats["shards"],
+            "shards": figures.stats["flight"]["shards"],
             "rows": options.rows,
             "seed": options.seed,
-            "workers": WORKERS,
+            "workers": options.workers,
+            "backend": None if options.backend is None else without_password(options.backend),
+            "threads": THREADS,
         },
         "machine": machine(),
-        "routes": {"direct": figures.direct.as_json(), "flight": figures.flight.as_json()},
+        "routes": {name: route.as_json() for name, route in figures.routes.items()},
         "stats": figures.stats,
     }
 
@@ -102,7 +106,9 @@ def machine() -> dict[str, str | int | None]:
 
 def failures(figures: Figures) -> str:
     """What went wrong, in a sentence."""
-    kinds = Counter(figures.direct.failures) + Counter(figures.flight.failures)
+    kinds: Counter[str] = Counter()
+    for route in figures.routes.values():
+        kinds.update(route.failures)
     told = ", ".join(f"{kind}: {number:,}" for kind, number in kinds.most_common())
     return f"{figures.failed:,} requests failed ({told})"
 
