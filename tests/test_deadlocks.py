@@ -371,6 +371,7 @@ def do_inside_do_with_a_follower(flight: ShardedFlight) -> object:
     [do_inside_do_with_a_follower, *(each for each in RECURSIONS if "async" not in each.__name__)],
     ids=lambda recursion: recursion.__name__,
 )
+@pytest.mark.untraced
 @pytest.mark.usefixtures("no_collector")
 def test_the_error_goes_when_it_is_dropped(recursion: Callable[[ShardedFlight], object]) -> None:
     """Section 3 for a deadlock: neither it nor a frame that it passed is kept by a cycle."""

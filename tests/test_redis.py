@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio as asyncio_redis
+from proof.fuzz.payloads import Server
 from support import PATIENCE, eventually
 from tier_support import Worker
 from valkey_support import Valkey
 
-from proof.fuzz.payloads import Server
 from shardedflight import BackendError, ShardedFlight
 from shardedflight.backends.redis import RedisBackend
 

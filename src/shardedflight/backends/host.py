@@ -306,7 +306,9 @@ class HostBackend(Wire):
         try:
             fcntl.flock(file.fd, fcntl.LOCK_EX)
             last = os.pread(file.fd, 32, 0)
-            token = max(int(last) + 1 if last else 0, time.time_ns() // 1_000)
+            # What is no number of 64 bits was left by a crash, or by somebody else.
+            known = last.isdigit() and len(last) < 20
+            token = max(int(last) + 1 if known else 0, time.time_ns() // 1_000)
             os.ftruncate(file.fd, 0)
             os.write(file.fd, b"%d" % token)
             return token
