@@ -1,5 +1,6 @@
 """A few cases of each target of `make fuzz`, always the same; and faults that it has to find."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("msgspec", reason="the extra `test` is not installed")
 
-from proof.fuzz.__main__ import targets
+from proof.fuzz import __main__ as program
 from proof.fuzz.target import Target
 
 from shardedflight.backends import _protocol
 from shardedflight.http import _rules
 
-TARGETS = {target.name: target for target in targets()}
+TARGETS = {target.name: target for target in program.targets()}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -29,6 +30,23 @@ def test_the_cases_are_always_the_same() -> None:
     target.bound(20)()
     assert len(seen) == 40
     assert seen[:20] == seen[20:]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["fuzz", "--target", "names", "--cases", "300", *arguments])
+    return program.main()
+
+
+def test_the_program_says_how_to_see_a_fault_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--seconds", "0") == 0
+    assert re.search(r"^names +1 +\d+", capsys.readouterr().out, re.MULTILINE)
+    tags_without_lengths(monkeypatch)
+    assert run(monkeypatch, "--seconds", "60") == 1
+    again = re.search(r"--target names (--seed \d+) --cases 300", capsys.readouterr().out)
+    assert again is not None
+    assert run(monkeypatch, *again[1].split()) == 1
 
 
 # -- faults, planted by replacing what is guarded -------------------------------------------------

@@ -71,7 +71,7 @@ class Script:
                 pass
 
 
-_ACTS = ["pass", "pass", "raise", "same", "recurse", "other", "forget", "look"]
+_ACTS = ["pass", "pass", "raise", "same", "recurse", "recurse", "other", "forget", "look"]
 _GENTLE = st.lists(st.sampled_from(_ACTS), max_size=12)
 _ANY = st.lists(st.sampled_from([*_ACTS, "lose"]), max_size=12)
 _WAYS = st.lists(
