@@ -26,7 +26,7 @@ def spread(keys: Iterable[Any], **options: Any) -> tuple[int, ...]:
     """How many keys lie in each shard, while all are in flight."""
     executor = HeldExecutor()
     flight = ShardedFlight(SHARDS, executor=executor, **options)
-    return tuple(in_shards(flight, executor, keys))
+    return tuple(in_shards(flight, executor, iter(keys)))
 
 
 # -- flooding one shard ---------------------------------------------------------------------------

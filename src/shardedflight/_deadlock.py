@@ -478,7 +478,7 @@ def _led_by(thread: int) -> list[Seat]:
             names = frame.f_locals
             if "items" in names:
                 led += [item.seat for item in names["items"][:1]]
-            # Not a follower's seat, never linked; nor one whose shard the hash hook still looks for.
+            # Not a follower's seat, never linked; nor one whose shard a hash hook still looks for.
             elif names.get("shard") is not None and any(
                 seat is names.get("seat") for seat in names["shard"].holders(names["h"])
             ):
