@@ -10,7 +10,7 @@ ARGS ?=
 # Two editable installs at once would write the same metadata.
 .NOTPARALLEL:
 .PHONY: help demo test test-environment test-plain test-compiled test-wheel check lint types imports bench docs docs-links pins clean
-.PHONY: explore model soak fuzz faults sanitize
+.PHONY: coverage explore model soak fuzz faults sanitize
 
 # Such as 3.14.6 or, free-threaded, 3.14.6t; "old 3.10.1"; empty if $(PYTHON) does not run.
 VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; \
@@ -69,6 +69,7 @@ help:
 	@echo "make bench   the dashboard of measured ratios (ARGS=--help)"
 	@echo "make explore, model, soak, fuzz, faults, sanitize"
 	@echo "             look for faults, SECONDS=600 for so long: docs/proof.md (ARGS=--help)"
+	@echo "make coverage  which lines and branches the tests run"
 	@echo "make docs    the documentation as pages, in build/docs; their code is run by make test"
 	@echo "             docs-links asks the sites that they link to, which needs the internet"
 	@echo "make pins    resolve requirements/*.txt anew from pyproject.toml"
@@ -86,6 +87,17 @@ test: .venv/test-$(KEY)/built
 # Programs of proof/, which look for as long as they are told: docs/proof.md.
 explore model soak fuzz faults sanitize: %: .venv/test-$(KEY)/built
 	@$(call run,test) proof.$@ $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
+
+# Of the plain core: coverage.py does not see into the compiled one. Hung tests end by a signal, for
+# pytest-timeout's other way ends the process, and with it what was measured.
+coverage: .venv/test-$(KEY)/built
+	@rm -rf build/coverage; mkdir -p build/coverage
+	@$(plain) $(call run,test) coverage run -m pytest --timeout-method=signal \
+		-m "not whole and not untraced" $(ARGS) || echo "Some tests failed: the figures are too low."
+	@$(call run,test) coverage combine --quiet
+	@$(call run,test) coverage report --show-missing --skip-covered
+	@$(call run,test) coverage report --fail-under=100 --include="src/shardedflight/_core.py"
+	@$(call run,test) coverage report --fail-under=95 --format=total
 
 # What the tests run in, made but not used.
 test-environment: .venv/test-$(KEY)/built

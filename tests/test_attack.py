@@ -141,6 +141,7 @@ def test_followers_are_served_where_the_hash_hook_answers_once() -> None:
     assert leader.result(PATIENCE) == follower.result(PATIENCE) == (True, True)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("shift", range(4))
 @pytest.mark.parametrize("shards", [1, 4096])
 def test_a_stack_without_room_leaves_no_key_in_any_shard(shards: int, shift: int) -> None:
@@ -162,6 +163,7 @@ def test_a_stack_without_room_leaves_no_key_in_any_shard(shards: int, shift: int
     eventually(lambda: flight.stats().errors == flight.stats().executions)
 
 
+@pytest.mark.untraced
 def test_calls_without_a_python_frame_between_find_the_end_of_the_stack() -> None:
     code = """
         import os, threading, time

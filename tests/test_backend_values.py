@@ -237,6 +237,16 @@ def test_a_body_that_the_codec_refuses_is_not_opened() -> None:
         Wire("n", None, 1 << 20).open(Sealed(1, whole))
 
 
+@pytest.mark.parametrize(
+    "body", [b"[]", b"1", b"null", b'["a","b"]', b"[1,2,3]", b"[null,[],{}]", b"[" * 5000, b"\xff"]
+)
+def test_an_error_that_is_no_three_texts_is_not_opened(body: bytes) -> None:
+    wire = Wire("n", None, 1 << 20)
+    payload = b"".join((b"SF\x01E", wire._digest(b"E", body), body))
+    with pytest.raises(ValueError, match="can not be read"):
+        wire.open(Sealed(1, payload))
+
+
 def test_what_is_too_large_is_not_sent() -> None:
     wire = Wire("n", None, 100)
     with pytest.raises(TooLargeError, match="100"):

@@ -371,6 +371,7 @@ def do_inside_do_with_a_follower(flight: ShardedFlight) -> object:
     [do_inside_do_with_a_follower, *(each for each in RECURSIONS if "async" not in each.__name__)],
     ids=lambda recursion: recursion.__name__,
 )
+@pytest.mark.untraced
 @pytest.mark.usefixtures("no_collector")
 def test_the_error_goes_when_it_is_dropped(recursion: Callable[[ShardedFlight], object]) -> None:
     """Section 3 for a deadlock: neither it nor a frame that it passed is kept by a cycle."""
@@ -1855,3 +1856,22 @@ def test_random_waits_with_cycles_end_for_everybody(seed: int) -> None:
             caller.result(PATIENCE)
         assert graph.flight.stats().deadlocks > 0
         assert_clean(graph.flight, key=0)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_recursion_inside_of_a_hook_is_found(shards: int) -> None:
+    """7: the hash hook of another call, made inside the key's function, asks for the key."""
+    found: list[DeadlockError] = []
+    flight: ShardedFlight
+
+    def hook(key: object) -> int:
+        if key == "other" and not found:
+            with pytest.raises(DeadlockError) as caught:
+                flight.do(never, "k")
+            found.append(caught.value)
+        return hash(key)
+
+    flight = ShardedFlight(shards, hash=hook)
+    assert flight.do(lambda: flight.do(lambda: "inner", "other"), "k") == (("inner", False), False)
+    assert [error.keys for error in found] == [("k", "k")]
+    assert flight.in_flight() == 0

@@ -43,13 +43,14 @@ class Intruder:
 
     def outcome_of(self, call: Callable[[], object]) -> Any:
         """What `call` returns or raises, with the act in between."""
+        before = sys.gettrace()
         sys.settrace(self._trace)
         try:
             return call()
         except BaseException as error:
             return error
         finally:
-            sys.settrace(None)
+            sys.settrace(before)  # of coverage.py's, say
             if self._acting is not None:
                 self._acting.result(PATIENCE)
 

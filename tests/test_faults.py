@@ -53,6 +53,7 @@ def test_a_lost_do_many_does_not_start_a_strangers_queued_future() -> None:
     assert flight.in_flight() == 0
 
 
+@pytest.mark.untraced
 def test_a_stack_without_room_leaves_no_key_in_flight() -> None:
     """Section 4: "No key is ever stuck": the clean-up then needs a stack of its own."""
     flight = ShardedFlight()

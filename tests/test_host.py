@@ -292,6 +292,21 @@ def test_what_is_larger_than_the_limit_stays_in_its_process(directory: Path, sta
     assert second.stats()["fallbacks"] == flight.stats().fallbacks == 1
 
 
+@pytest.mark.parametrize("content", [b"", b"x", b"\0" * 16, b"9" * 32, b"-5", b"1_0"])
+@pytest.mark.parametrize("method", ["do", "do_future"])
+def test_a_last_token_that_is_none_is_passed_over(
+    directory: Path, method: str, content: bytes
+) -> None:
+    """As after a crash of the machine: some file systems leave zeros."""
+    flight = ShardedFlight(backend=HostBackend(directory))
+    (directory / "token").write_bytes(content)
+    if method == "do":
+        assert flight.do(fencing_token, "k")[0] in range(10**15, 2**64)
+    else:
+        assert flight.do_future(fencing_token, "k").result(PATIENCE)[0] in range(10**15, 2**64)
+    assert flight.stats().fallbacks == 0
+
+
 @pytest.mark.parametrize("payload", [b"", b"nonsense", b"SF\x01V" + b"x" * 30])
 def test_an_outcome_that_can_not_be_read_is_a_miss(
     directory: Path, start: Any, payload: bytes, monkeypatch: pytest.MonkeyPatch

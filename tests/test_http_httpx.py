@@ -336,3 +336,15 @@ def test_a_bad_option_is_an_error_at_construction(kind: Any) -> None:
         kind(max_waiters=0)
     with pytest.raises(TypeError, match="routes must be several str"):
         kind(routes="/")
+
+
+@pytest.mark.parametrize("field", ["Cache-Control", "X-Other"])
+def test_a_strange_head_from_the_server_is_no_error_of_the_client(
+    origin: Origin, base: str, field: str
+) -> None:
+    """Such as a lifetime of more digits than Python reads."""
+    origin.reply = lambda caller: Reply(headers=[(field, "max-age=" + "9" * 5000)])
+    origin.gate.set()
+    with client(base) as c:
+        assert c.get("/item").text == "client"
+        assert c.transport.stats().errors == 0

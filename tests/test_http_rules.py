@@ -91,6 +91,14 @@ def test_the_lifetime_for_shared_caches_comes_first() -> None:
     assert refused is Refusal.STALE
 
 
+@pytest.mark.parametrize("digits", ["9" * 5000, "0" * 5000 + "1"])
+def test_numbers_of_more_digits_than_python_reads(digits: str) -> None:
+    """`int` refuses more than 4300 of them, by a ValueError."""
+    assert RULES.judge(request(), 200, {"cache-control": f"max-age={digits}"}) is None
+    refused = RULES.judge(request(), 200, {**PUBLIC, "content-length": digits})
+    assert refused is (Refusal.SIZE if digits.startswith("9") else None)
+
+
 def test_every_status_is_decided() -> None:
     public = {"cache-control": "public"}
     shared = [code for code in range(100, 600) if RULES.judge(request(), code, public) is None]

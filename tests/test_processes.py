@@ -182,6 +182,7 @@ def test_the_child_has_no_forgotten_or_colliding_execution() -> None:
     assert flight.in_flight() == 0
 
 
+@pytest.mark.untraced
 @need_fork
 def test_a_hundred_forks_of_a_parent_that_never_rests() -> None:
     """Section 9, sentence 1: "no lock held, however busy the parent was"."""

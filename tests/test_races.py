@@ -628,6 +628,7 @@ faulthandler.cancel_dump_traceback_later()
 """
 
 
+@pytest.mark.untraced
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
 @pytest.mark.parametrize("way", ["plain", "timeout", "nested", "many"])
 @pytest.mark.parametrize("shards", [1, 4])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio as asyncio_redis
+from proof.fuzz.payloads import Server
 from support import PATIENCE, eventually, spawn
 from tier_support import Worker
 from valkey_support import Valkey
@@ -424,6 +425,61 @@ def test_an_outcome_that_can_not_be_read_is_a_miss(
     call.let_return("own")
     assert call.ends()["value"] == "own"
     assert (second.stats()["misses"], second.stats()["remote_leads"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "fields"),
+    [("r", {"t": "x", "u": "9" * 18, "p": "p"}), ("r", {"t": "inf", "u": "9" * 18, "p": "p"})]
+    + [("f", {"t": t}) for t in ("x", "", "-1", "9" * 30)],
+)
+@pytest.mark.parametrize("method", ["do", "do_future"])
+def test_what_somebody_else_has_written_hangs_nobody(
+    server: Valkey, backend: RedisBackend, method: str, key: str, fields: dict[str, str]
+) -> None:
+    """Of the keys of the scripts: `_scripts.py` says what is in them."""
+    name = backend.name(None, ("k",))
+    with server.client() as client:
+        client.hset(backend._keys(name, key)[0], mapping=fields)  # type: ignore[arg-type]
+    flight = ShardedFlight(backend=backend)
+    if method == "do":
+        assert flight.do(lambda: "own", "k") == ("own", False)
+    else:
+        assert flight.do_future(lambda: "own", "k").result(PATIENCE) == ("own", False)
+    assert flight.stats().fallbacks == 1
+
+
+@pytest.mark.parametrize("said", [b":x\r\n", b"*1\r\n" * 5000, b"+OK\r\n", b"*-1\r\n", b"*0\r\n"])
+@pytest.mark.parametrize("method", ["do", "do_future"])
+def test_what_is_no_answer_of_the_servers_hangs_nobody(method: str, said: bytes) -> None:
+    """And leaves the keeper running, without which no lease is renewed."""
+    other = Server([said] * 2, [])
+    backend = RedisBackend(f"redis://127.0.0.1:{other.port}", timeout=PATIENCE)
+    flight = ShardedFlight(backend=backend)
+    try:
+        if method == "do":
+            assert flight.do(lambda: "own", "k") == ("own", False)
+        else:
+            assert flight.do_future(lambda: "own", "k").result(PATIENCE) == ("own", False)
+        assert flight.stats().fallbacks == 1
+        assert backend._keeper is None or backend._keeper.is_alive()
+    finally:
+        backend.close()
+        other.close()
+
+
+def test_a_message_that_can_not_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """And the listener goes on, on another connection."""
+    message = b"*3\r\n$10\r\nssubscribe\r\n$1\r\nx\r\n:1\r\n"
+    other = Server([b"*2\r\n:0\r\n$1\r\n1\r\n"], [message])
+    backend = RedisBackend(f"redis://127.0.0.1:{other.port}", timeout=PATIENCE)
+    flight = ShardedFlight(backend=backend)
+    try:
+        assert flight.do(lambda: "own", "k")[0] == "own"
+        eventually(lambda: other.subscribed > 2, "another subscription")
+        assert len([r for r in caplog.records if "can not be read" in r.message]) == 1
+    finally:
+        backend.close()
+        other.close()
 
 
 def test_strange_messages_are_passed_over(server: Valkey, start: Any) -> None:

@@ -110,7 +110,7 @@ class Worker:
     def stop(self) -> None:
         if self.process.poll() is None:
             self.signal(signal.SIGCONT)
-            self.process.kill()
+            self.process.terminate()  # so that coverage.py can write what it has measured
             self.process.wait()
         self._reader.join()
         for pipe in (self.process.stdin, self.process.stdout):

@@ -517,9 +517,9 @@ def _led_by(thread: int) -> list[Seat]:
             names = frame.f_locals
             if "items" in names:
                 led += [item.seat for item in names["items"][:1]]
-            # Not the seat of a follower, which was never linked. `do` that only passes on has none.
-            elif "seat" in names and any(
-                seat is names["seat"] for seat in names["shard"].holders(names["h"])
+            # Not a follower's seat, never linked; nor one whose shard a hash hook still looks for.
+            elif names.get("shard") is not None and any(
+                seat is names.get("seat") for seat in names["shard"].holders(names["h"])
             ):
                 led.append(names["seat"])
             # Before 3.13 it is a copy that the frame keeps, and with it whatever its function has

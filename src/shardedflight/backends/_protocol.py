@@ -275,7 +275,10 @@ class Wire:
         end = _ENDS[kind]
         try:
             if end is End.ERROR:
-                return Outcome(end, RemoteError(*json.loads(body)))
+                told = json.loads(body)
+                if [type(text) for text in told] != [str, str, str]:
+                    raise TypeError("no error")
+                return Outcome(end, RemoteError(*told))
             return Outcome(end, self._codec.decode(body) if end is End.VALUE else None)
         except Exception as error:
             raise ValueError(f"an outcome can not be read: {error}") from error

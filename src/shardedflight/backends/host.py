@@ -311,7 +311,9 @@ class HostBackend(Wire):
         try:
             fcntl.flock(file.fd, fcntl.LOCK_EX)
             last = os.pread(file.fd, 32, 0)
-            token = max(int(last) + 1 if last else 0, time.time_ns() // 1_000)
+            # What is no number of 64 bits was left by a crash, or by somebody else.
+            known = last.isdigit() and int(last) < 1 << 63
+            token = max(int(last) + 1 if known else 0, time.time_ns() // 1_000)
             os.pwrite(file.fd, b"%020d" % token, 0)
             return token
         finally:

@@ -257,13 +257,14 @@ class _Node:
             self.broken = None
         except BaseException as error:
             self._disconnect()
-            if isinstance(error, (RedisError, OSError)):
+            # What is no answer of Redis's makes its parser raise anything.
+            if isinstance(error, Exception):
                 self.broken = error
                 self._backend.wake()
             for request in batch:
                 if not request.done():
                     request.fail(error)
-            if not isinstance(error, (RedisError, OSError)):
+            if not isinstance(error, Exception):
                 raise
 
     def _exchange(self, batch: list[_Request], by_source: bool) -> list[_Request]:
@@ -324,6 +325,8 @@ class _Listener:
         self._failures = 0
         #: Why there is no connection.
         self._reason: Exception | None = None
+        #: Nothing has been said in the log.
+        self._unlogged = True
         threading.Thread(target=self._run, name="shardedflight-redis-inbox", daemon=True).start()
 
     def subscribe(self, inbox: str) -> None:
@@ -351,13 +354,20 @@ class _Listener:
                 self._listen()
             except (RedisError, OSError) as error:
                 self._reason = error
-            except Exception:
-                if not self._closed:  # or the connection was closed in the middle of anything
-                    raise
+            except Exception as error:  # noqa: BLE001 - it must go on: followers depend on it
+                self._reason = error
+                self._complain()
             finally:
                 self._disconnect()
             if not self._closed:
                 time.sleep(_PROBE / 10)
+
+    def _complain(self) -> None:
+        if self._closed:  # the connection was closed in the middle of anything
+            return
+        if self._unlogged:
+            self._unlogged = False
+            _log.exception("%r: what the server said can not be read", self._backend)
 
     def _connect(self) -> None:
         connection = self._node.connect(socket_timeout=max(1.0, self._backend.lease))
@@ -612,19 +622,18 @@ class RedisBackend(Wire):
 
     def _joined(self, turn: _RedisTurn, done: "Future[Any]") -> None:
         """The server has answered."""
-        error = done.exception()
-        if error is not None:
+        try:
+            kind, token, more = _read_joined(done.result())
+        except BackendError as error:
             self._dismiss(turn)
-            turn.fail(error if isinstance(error, BackendError) else BackendError(str(error)))
+            turn.fail(error)
             return
-        kind, token, *rest = done.result()
-        token = int(token)
         if kind == 1:
-            self._follow(turn, token, rest[0] / 1000)
+            self._follow(turn, token, more / 1000)
             return
         self._dismiss(turn)
         if kind == 2:
-            turn.settle(Sealed(token, rest[0]))
+            turn.settle(Sealed(token, more))
             return
         lead = _RedisLead(turn.name, token, turn.followed > 0, self._inbox)
         turn.token = token
@@ -968,6 +977,19 @@ class _Done(_Request):
 
     def answer(self, reply: Any) -> None:
         super().answer(0 if self.repeated and reply == -1 else reply)
+
+
+def _read_joined(reply: Any) -> tuple[int, int, Any]:
+    """The answer to JOIN. Raises BackendError if it is none: anybody may write to the server."""
+    match reply:
+        case (
+            [0 as kind, bytes(token)]
+            | [1 as kind, bytes(token), int()]
+            | [2 as kind, bytes(token), bytes()]
+        ) if token.isdigit() and len(token) < 20:
+            return kind, int(token), reply[-1]
+        case _:
+            raise BackendError(f"the server's answer can not be read: {reply!r:.200}")
 
 
 def _once(callback: Callable[[object], None] | None) -> Callable[[object], None]:

@@ -244,9 +244,9 @@ def names(value: str) -> list[str]:
     return [name.strip().lower() for name in value.split(",") if name.strip()]
 
 
-def _seconds(argument: str) -> int:
-    """A number of seconds; 0 for what is none: RFC 9111 section 4.2.1 has it taken for stale."""
-    return int(argument) if argument.isascii() and argument.isdecimal() else 0
+def _lasts(seconds: str) -> bool:
+    """Whether it is a number above 0. RFC 9111 section 4.2.1 has what is none taken for stale."""
+    return seconds.isascii() and seconds.isdecimal() and bool(seconds.strip("0"))
 
 
 # -- values ---------------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ def _refused_by_cache_control(request: Request, value: str | None) -> Refusal | 
     if request.authorized and _FOR_EVERYBODY.isdisjoint(found):
         return Refusal.AUTHORIZATION
     lifetime = found.get("s-maxage", found.get("max-age"))  # RFC 9111 section 4.2.1
-    if lifetime is not None and _seconds(lifetime) == 0:
+    if lifetime is not None and not _lasts(lifetime):
         return Refusal.STALE
     if request.shareable or not _PERMISSIONS.isdisjoint(found):
         return None
@@ -516,7 +516,7 @@ def _length(request: Request, headers: Mapping[str, str]) -> int | None:
     """How long the body will be, if the head of the answer says so."""
     length = headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and request.method != "HEAD":
-        return int(length)
+        return int(length.lstrip("0")[:20] or "0")  # `int` refuses thousands of digits
     return None
 
 
