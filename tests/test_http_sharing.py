@@ -568,6 +568,21 @@ def test_an_exception_is_the_leaders_alone_elsewhere(kind: str, options: Any) ->
         assert leader.result(PATIENCE).status == 500
 
 
+def test_an_exception_with_authorization_is_its_own_callers(kind: str) -> None:
+    """It is as a 500 without Cache-Control, which is not for everybody."""
+
+    def reply(caller: str) -> Reply:
+        return Reply(error=Failure("on purpose") if caller == "leader" else None, headers=())
+
+    options: Any = {"shareable": ["/"], "authorization": True}
+    with site(kind, Origin(reply), **options) as s:
+        leader = s.lead(headers=[("Authorization", "Basic bGVhZGVy")])
+        follower = s.follow(["f"], headers=[("Authorization", "Basic Zg==")])["f"]
+        s.origin.gate.set()
+        assert leader.result(PATIENCE).status == 500
+        assert follower.result(PATIENCE).body == "f"
+
+
 # -- waiting --------------------------------------------------------------------------------------
 
 

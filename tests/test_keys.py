@@ -263,6 +263,12 @@ def test_concat_key_joins_without_a_separator_and_says_so() -> None:
     assert "colli" in (concat_key.__doc__ or "").lower()
 
 
+@pytest.mark.parametrize("separator", [None, b"/", 1])
+def test_a_separator_is_a_str(separator: Any) -> None:
+    with pytest.raises(TypeError, match="separator must be a str"):
+        join_key(separator)
+
+
 def test_join_key_joins_with_its_separator() -> None:
     """1: "Shipped in `shardedflight.keys`: ... and `join_key(separator)`"."""
     by_colon = join_key(":")

@@ -95,7 +95,15 @@ def main() -> int:
         for target in chosen:
             print(f"{target.name:<10} {target.about}")
         return 0
-    logging.getLogger("shardedflight").disabled = True  # hooks and servers fail all the time here
+    log = logging.getLogger("shardedflight")
+    before, log.disabled = log.disabled, True  # hooks and servers fail all the time here
+    try:
+        return _go_round(chosen, arguments)
+    finally:
+        log.disabled = before
+
+
+def _go_round(chosen: Sequence[Target], arguments: argparse.Namespace) -> int:
     totals = {target.name: Total() for target in chosen}
     deadline = time.monotonic() + arguments.seconds
     said, held = time.monotonic(), True

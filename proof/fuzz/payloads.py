@@ -11,6 +11,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ __all__ = ["TARGETS"]
 #: Seconds after which a call hangs: many times the timeout of the backend below.
 HANGS = 6.0
 
+#: One pool for all flights: theirs would end whenever they are collected.
+POOL = ThreadPoolExecutor(4, "fuzz")
 WIRE = Wire("fuzz", None, 1 << 16)
 _MADE_OF = (type(None), bool, int, float, str, bytes, list, dict)
 
@@ -160,7 +163,7 @@ def _check_directory(case: Any) -> None:
         for name, content in files.items():
             real = {"key": backend.name(None, ("k",)).hex(), "left": "0" * 40, "token": "token"}
             _put(directory / real[name], content, kind)
-        flight = ShardedFlight(backend=backend)
+        flight = ShardedFlight(backend=backend, executor=POOL)
         call = flight.do if here else _by_future(flight)
         outcome = spawn(lambda: [call(lambda: "own", "k") for _ in range(2)])
         assert outcome.result(PATIENCE) == [("own", False)] * 2
@@ -288,7 +291,7 @@ def _check_server(case: Any) -> None:
     hook, threading.excepthook = threading.excepthook, failures.append
     server = Server(replies, pushed)
     backend = RedisBackend(f"redis://127.0.0.1:{server.port}", timeout=0.2, lease=0.5)
-    flight = ShardedFlight(backend=backend)
+    flight = ShardedFlight(backend=backend, executor=POOL)
     call = flight.do if here else _by_future(flight)
     try:
         for _ in range(2):

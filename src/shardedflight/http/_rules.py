@@ -480,7 +480,7 @@ class Rules:
 
     def shares_failure(self, request: Request) -> bool:
         """Whether an exception instead of an answer goes to all: it is a 500 without a head."""
-        return self._server_errors and request.shareable
+        return self._server_errors and request.shareable and not request.authorized
 
 
 def _forbids_storing(value: str) -> bool:
