@@ -1,6 +1,7 @@
 """What is the host tier's own: locks, files, the directory, fork. See test_tiers for the rest."""
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -503,3 +504,54 @@ def test_a_forked_child_does_not_hold_its_parents_locks(directory: Path, start: 
     assert follower.ends()["value"] == 1
     for descriptor in (read, write, lives, life):
         os.close(descriptor)
+
+
+def test_who_is_late_to_tell_that_a_loop_was_closed_does_not_end_the_heirs_turn(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loop that is closed has a thread look for what was led there; two may find the same."""
+    here, elsewhere = (ShardedFlight(backend=HostBackend(directory)) for _ in range(2))
+    tier = here._tier
+    assert tier is not None
+    lose = tier.lose
+    gate, entered, resume, told = (threading.Event() for _ in range(4))
+
+    def fn() -> None:
+        gate.wait(PATIENCE)
+        raise SystemExit
+
+    async def own() -> str:
+        return "own"
+
+    def lose_late(*args: Any) -> None:
+        if entered.is_set():
+            lose(*args)
+            return
+        entered.set()
+        resume.wait(PATIENCE)
+        lose(*args)
+        told.set()
+
+    monkeypatch.setattr(tier, "lose", lose_late)
+    leader = spawn(elsewhere.do, fn, "k")
+    eventually(lambda: files(directory))
+    loop = asyncio.new_event_loop()
+    stopped = spawn(loop.run_forever)
+    former = asyncio.run_coroutine_threadsafe(here.do_async(own, "k"), loop)
+    eventually(lambda: marks(directory) == 1)
+    (known,) = tier._abroad.values()
+    heir = spawn(here.do, lambda: "heir", "k")
+    eventually(lambda: here.stats().waiting == 1)
+    loop.call_soon_threadsafe(loop.stop)
+    stopped.result(PATIENCE)
+    loop.close()
+    assert entered.wait(PATIENCE)
+    here._loop_closed()  # as another one's thread
+    eventually(lambda: known not in tier._abroad.values() and tier._abroad)
+    resume.set()
+    assert told.wait(PATIENCE)
+    gate.set()
+    assert isinstance(leader.exception(PATIENCE), SystemExit)
+    assert heir.result(PATIENCE) == ("heir", False)
+    del former
+    gc.collect()

@@ -778,7 +778,10 @@ class ShardedFlight(Core):
             loop = loop_of(leader)
             if loop is not None and loop.is_closed():
                 if self._tier is not None:
-                    self._tier.lose(seat)
+                    turn = self._tier.turn_of(seat)
+                    # While it leads, nobody else's: another thread may have handed over by now.
+                    if turn is not None and shard.leader(seat) is leader:
+                        self._tier.lose(seat, turn)
                 self._conclude(shard, h, seat, leader, End.LOST)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> "Callable[[], asyncio.Future[Any]]":

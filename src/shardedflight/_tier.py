@@ -200,7 +200,8 @@ class Tier:
         #: What has been said in the log.
         self._said: set[str] = set()
         #: Where this process leads or follows, by the ids of the seats. Each is written by who
-        #: leads here; read without a lock.
+        #: leads here, under the lock; read without it. Who takes over a seat writes it anew, maybe
+        #: before its former leader has ended: a turn is taken out by identity.
         self._abroad: dict[int, tuple[bytes, Turn]] = {}
 
     def stats(self) -> TierStats:
@@ -277,8 +278,9 @@ class Tier:
             Exception: What `fn` raised; `RemoteError` if it was raised in another process.
         """
         turn: Lead | Outcome | None = None
+        asked: list[Turn] = []
         try:
-            turn = wait(self._ask(seat, here=True), deadline, seat)
+            turn = wait(self._ask(seat, asked, here=True), deadline, seat)
             if turn is None:
                 return fn()
             if isinstance(turn, Outcome):
@@ -298,8 +300,8 @@ class Tier:
                 shard.share(h, seat)
             return value
         finally:
-            self._leave(seat, turn)
-            del seat, turn
+            self._leave(seat, asked, turn)
+            del seat, asked, turn
 
     async def lead_async(
         self, shard: Shard, h: int, seat: Seat, fn: Callable[[], Awaitable[R]]
@@ -312,8 +314,9 @@ class Tier:
             Exception: What the awaitable raised; `RemoteError` if that was in another process.
         """
         turn: Lead | Outcome | None = None
+        asked: list[Turn] = []
         try:
-            turn = await wait_async(self._ask(seat, here=False))
+            turn = await wait_async(self._ask(seat, asked, here=False))
             if isinstance(turn, Outcome):
                 shard.share(h, seat)
                 return _read(turn, seat)  # type: ignore[no-any-return]
@@ -334,16 +337,23 @@ class Tier:
                     shard.share(h, seat)
             return value
         finally:
-            self._leave(seat, turn)
-            del seat, turn
+            self._leave(seat, asked, turn)
+            del seat, asked, turn
 
-    def _ask(self, seat: Seat, here: bool) -> "Steps[Lead | Outcome | None]":
-        """Joins the key. None: the function is to run for this process alone."""
+    def _ask(self, seat: Seat, asked: list[Turn], here: bool) -> "Steps[Lead | Outcome | None]":
+        """Joins the key. None: the function is to run for this process alone.
+
+        Args:
+            seat: What the caller leads in its process.
+            asked: Takes the turns.
+            here: Whether the caller's thread may block.
+        """
         name = self.name(seat[0])
         reject = 0
         for _ in range(ATTEMPTS):
             (turn,) = self.backend.join([(name, reject)], here)
-            self._abroad[id(seat)] = (name, turn)
+            asked.append(turn)
+            self._enter(seat, name, turn)
             yield [turn]
             won = self._won(turn)
             if not isinstance(won, Sealed):
@@ -412,15 +422,25 @@ class Tier:
             return 0
         return followers
 
-    def lose(self, seat: Seat) -> None:
-        """The leader of `seat` is lost, and does not know: its event loop was closed under it."""
-        known = self._abroad.pop(id(seat), None)
-        if known is not None:
-            known[1].leave()
+    def turn_of(self, seat: Seat) -> Turn | None:
+        """The last turn that was asked for, for `seat`."""
+        known = self._abroad.get(id(seat))
+        return None if known is None else known[1]
 
-    def _leave(self, seat: Seat, turn: Lead | Outcome | None) -> None:
-        """A call is over here, whichever way."""
-        self._abroad.pop(id(seat), None)
+    def lose(self, seat: Seat, turn: Turn) -> None:
+        """The leader of `seat` is lost, and does not know: its event loop was closed under it."""
+        self._leave(seat, [turn], None)
+        turn.leave()
+
+    def _enter(self, seat: Seat, name: bytes, turn: Turn) -> None:
+        with self._lock:
+            self._abroad[id(seat)] = (name, turn)
+
+    def _leave(self, seat: Seat, asked: Sequence[Turn], turn: Lead | Outcome | None) -> None:
+        """A call is over here, whichever way; it had asked for these turns."""
+        with self._lock:
+            if any(self.turn_of(seat) is mine for mine in asked):
+                del self._abroad[id(seat)]
         if isinstance(turn, Lead) and not turn.ended:
             turn.ended = True
             self.backend.give_up(turn)
@@ -520,8 +540,8 @@ class _Bells:
             self._called = True
             try:
                 self.loop.call_soon_threadsafe(self._ring)
-            except RuntimeError:
-                pass  # the loop is closed
+            except RuntimeError:  # the loop is closed: nothing here may keep what had waited
+                self._ringing.clear()
 
     def _ring(self) -> None:
         self._called = False
@@ -581,6 +601,8 @@ class Party:
         self._members = members
         #: The keys that are not decided, with their turns.
         self._turns: dict[Any, Turn] = {}
+        #: The last turn of each.
+        self._asked: dict[Any, Turn] = {}
         #: What this process leads.
         self._leads: dict[Any, Lead] = {}
 
@@ -589,8 +611,8 @@ class Party:
         names = [tier.name(member.key) for member in members]
         turns = tier.backend.join(list(zip(names, rejected, strict=True)), self._here)
         for member, name, turn in zip(members, names, turns, strict=True):
-            self._turns[member] = turn
-            tier._abroad[id(member.seat)] = (name, turn)
+            self._turns[member] = self._asked[member] = turn
+            tier._enter(member.seat, name, turn)
 
     def next(self, settle: Callable[[Any, Outcome], None]) -> Steps[list[Any]]:
         """Waits for the next keys for which the function is to run here; none: all are decided.
@@ -653,4 +675,5 @@ class Party:
             turn.leave()
         self._turns.clear()
         for member in members:
-            self._tier._leave(member.seat, self._leads.pop(member, None))
+            asked = [self._asked[member]] if member in self._asked else []
+            self._tier._leave(member.seat, asked, self._leads.pop(member, None))
