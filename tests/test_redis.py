@@ -448,7 +448,9 @@ def test_what_somebody_else_has_written_hangs_nobody(
     assert flight.stats().fallbacks == 1
 
 
-@pytest.mark.parametrize("said", [b":x\r\n", b"*1\r\n" * 5000, b"+OK\r\n", b"*-1\r\n", b"*0\r\n"])
+@pytest.mark.parametrize(
+    "said", [b"-NOSCRIPT\r\n", b":x\r\n", b"*1\r\n" * 5000, b"+OK\r\n", b"*-1\r\n", b"*0\r\n"]
+)
 @pytest.mark.parametrize("method", ["do", "do_future"])
 def test_what_is_no_answer_of_the_servers_hangs_nobody(method: str, said: bytes) -> None:
     """And leaves the keeper running, without which no lease is renewed."""

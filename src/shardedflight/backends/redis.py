@@ -253,7 +253,8 @@ class _Node:
                 self._connection = self.connect()
                 again = self._exchange(batch, by_source=False)
             if again:
-                self._exchange(again, by_source=True)
+                for request in self._exchange(again, by_source=True):
+                    request.fail(NoScriptError("the server does not know what it was just sent"))
             self.broken = None
         except BaseException as error:
             self._disconnect()
