@@ -547,7 +547,7 @@ def test_who_is_late_to_tell_that_a_loop_was_closed_does_not_end_the_heirs_turn(
     loop.close()
     assert entered.wait(PATIENCE)
     here._loop_closed()  # as another one's thread
-    eventually(lambda: known not in tier._abroad.values() and tier._abroad)
+    eventually(lambda: bool(tier._abroad) and known not in tier._abroad.values())
     resume.set()
     assert told.wait(PATIENCE)
     gate.set()
