@@ -534,7 +534,7 @@ def test_who_is_late_to_tell_that_a_loop_was_closed_does_not_end_the_heirs_turn(
 
     monkeypatch.setattr(tier, "lose", lose_late)
     leader = spawn(elsewhere.do, fn, "k")
-    eventually(lambda: files(directory))
+    eventually(lambda: bool(files(directory)))
     loop = asyncio.new_event_loop()
     stopped = spawn(loop.run_forever)
     former = asyncio.run_coroutine_threadsafe(here.do_async(own, "k"), loop)
