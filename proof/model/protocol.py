@@ -162,10 +162,10 @@ class Client:
     gives_back = True
     #: Hears that others have forgotten.
     hears_forget = True
+    hears_while_ending = True
+    hears_while_opening = True
     #: Does not ask again while it asks.
     asks_once = True
-    #: Joins again when its inbox is known again.
-    joins_anew = True
 
 
 class _World:
@@ -185,9 +185,16 @@ class _World:
         self.bad = state.bad
 
     def freeze(self) -> State:
+        """The state. Ghosts that can tell nothing any more are left out, so that states are alike."""
+        processes, ended, forgotten = tuple(self.processes), self.ended, self.forgotten
+        if not any(call.phase == IDLE for call in self.calls):
+            ended = 0
+            processes = tuple(p._replace(told=0) if p.told else p for p in processes)
+            if all(call.asked or call.phase in _OVER for call in self.calls):
+                forgotten = 0
         return State(
             self.store,
-            tuple(self.processes),
+            processes,
             tuple(self.calls),
             self.late,
             self.faults,
@@ -195,8 +202,8 @@ class _World:
             self.leaves,
             self.excused,
             self.patient,
-            self.ended,
-            self.forgotten,
+            ended,
+            forgotten,
             self.announced,
             self.published,
             self.bad,
@@ -207,6 +214,11 @@ class _World:
 
     def process(self, p: int, **changes: object) -> None:
         self.processes[p] = self.processes[p]._replace(**changes)  # type: ignore[arg-type]
+
+    def over(self, c: int, phase: str) -> None:
+        """The caller is done with. What it was is of no matter any more, so that states are alike."""
+        call = self.calls[c]
+        self.calls[c] = Call(call.process, phase, led=call.led)
 
     def of(self, p: int) -> list[int]:
         return [c for c, call in enumerate(self.calls) if call.process == p]
@@ -255,13 +267,13 @@ class _World:
         self.leaves -= 1
         call = self.calls[c]
         if call.phase in (RUNNING, ENDING):
-            self.call(c, phase=LEFT, again=0)
+            self.over(c, LEFT)
             if self.client.gives_up:
                 self.send(call.process, Request("give", c, call.led))
         elif call.phase in (OPENING, JOINING):
             self.call(c, left=True)
         else:
-            self.call(c, phase=LEFT, again=0, via=-1)
+            self.over(c, LEFT)
         here = [other for other in self.of(call.process) if self.calls[other].via == c]
         if here:
             heir, *rest = here
@@ -288,7 +300,7 @@ class _World:
             if other == c or one.via == c:
                 if one.stale >> self.calls[payload].led & 1:
                     self.bad = "a caller has an outcome of before it came, or that was forgotten"
-                self.call(other, phase=ANSWERED, again=0, via=-1, watched=False)
+                self.over(other, ANSWERED)
         if self.processes[call.process].seat == c:
             self.process(call.process, seat=-1)
 
@@ -300,7 +312,7 @@ class _World:
 
     def settle(self, c: int, payload: int) -> None:
         if self.calls[c].left:
-            self.call(c, phase=LEFT, again=0, watched=False)
+            self.over(c, LEFT)
         else:
             self.answer(c, payload)
 
@@ -319,7 +331,7 @@ class _World:
     def alone(self, c: int) -> None:
         """The turn has failed: the function runs for its own process."""
         if self.calls[c].left:
-            self.call(c, phase=LEFT, again=0)
+            self.over(c, LEFT)
         else:
             self.call(c, phase=ALONE, again=0, watched=False)
 
@@ -402,9 +414,10 @@ class _World:
         elif call.phase in _PENDING and not call.left:
             self.lead(c, token)
         else:
-            self.call(c, token=token)
             if call.phase in _PENDING:
-                self.call(c, phase=LEFT, again=0)
+                self.over(c, LEFT)
+            elif call.phase in (RUNNING, ENDING):
+                self.call(c, token=token)
             if self.client.gives_back:
                 self.send(call.process, Request("give", c, token))
         self.clear_early(call.process)
@@ -413,7 +426,7 @@ class _World:
         """`_follow`."""
         call = self.calls[c]
         if call.left:
-            self.call(c, phase=LEFT, again=0)
+            self.over(c, LEFT)
             return
         self.call(c, token=token, followed=token)
         early = [m for m in self.processes[call.process].early if m.token == token]
@@ -444,7 +457,7 @@ class _World:
         if message.kind == "s":
             self.process(p, inbox=2)
             for c in here:
-                if self.calls[c].phase == FOLLOWING and self.client.joins_anew:
+                if self.calls[c].phase == FOLLOWING:
                     self.rejoin(c)
         elif message.kind == "f":
             self.process(p, told=self.processes[p].told | 1 << message.token)
@@ -463,9 +476,11 @@ class _World:
     def hear_forgotten(self, c: int, token: int) -> None:
         """`_forgotten`."""
         call = self.calls[c]
-        if call.phase in _ASKING or (call.phase == FOLLOWING and call.token == token):
+        asks = call.phase == JOINING or (call.phase == OPENING and self.client.hears_while_opening)
+        leads = call.phase == RUNNING or (call.phase == ENDING and self.client.hears_while_ending)
+        if asks or (call.phase == FOLLOWING and call.token == token):
             self.call(c, forgotten=max(call.forgotten, token))
-        elif call.phase in (RUNNING, ENDING) and call.led == token:
+        elif leads and call.led == token:
             self.call(c, forgotten=token)
 
     def news(self, c: int, message: Message) -> None:
@@ -505,7 +520,7 @@ class _World:
         self.processes[p] = Process(alive=False, requests=unread)
         for c in self.of(p):
             if self.calls[c].phase not in (ANSWERED, LEFT):
-                self.call(c, phase=DEAD, again=0, watched=False, via=-1)
+                self.over(c, DEAD)
 
     def cut(self, p: int) -> None:
         """The connection for messages."""
@@ -584,10 +599,6 @@ class _World:
         assert self.store.r is not None
         self.store = self.store._replace(r=self.store.r._replace(fresh=False))
 
-    def drop(self) -> None:
-        """Three leases have passed since the outcome was stored."""
-        self.store = self.store._replace(r=None)
-
     def run_late(self, at: int) -> None:
         request = self.late[at]
         self.late = (*self.late[:at], *self.late[at + 1 :])
@@ -629,7 +640,7 @@ class Protocol:
         if state.bad:
             return state.bad
         running = sum(
-            (call.phase == RUNNING and not state.forgotten >> call.led & 1)
+            (call.phase == RUNNING and not state.announced >> call.led & 1)
             or (call.phase == ALONE and state.processes[call.process].seat == c)
             for c, call in enumerate(state.calls)
         )
@@ -753,11 +764,9 @@ class Protocol:
                 yield ("expire", token), TIME
             elif state.faults and STALL in self.scenario.kinds:
                 yield ("stall", token), FAULT
-        if store.r is not None:
-            if store.r.fresh:
-                yield ("grow_old",), TIME
-            elif not any(call.phase in _PENDING for call in state.calls):
-                yield ("drop",), TIME
+        # That it is dropped in the end changes nothing: nobody is given it any more.
+        if store.r is not None and store.r.fresh:
+            yield ("grow_old",), TIME
 
     def _is_led(self, state: State, execution: Execution) -> bool:
         """Whether a process renews the lease, or is about to, or to hand it over."""
