@@ -361,6 +361,9 @@ class _World:
                     self.call(c, asked=True, stale=self.calls[c].stale | self.forgotten)
                 inbox = self.calls[c].process
                 result = server.join(before, inbox, token, request.followed)
+                lead = result[0].f
+                if before.f is None and lead is not None and lead.token <= before.clock:
+                    self.bad = "a token is given a second time"
             case "done":
                 result = server.done(before, token, c, self.scenario.hold, self.scenario.large)
                 if result[1][0] >= 0:
@@ -417,6 +420,8 @@ class _World:
             if call.phase in _PENDING:
                 self.over(c, LEFT)
             elif call.phase in (RUNNING, ENDING):
+                if self.faults == self.scenario.faults:
+                    self.bad = "a caller that leads has come to lead a second time"
                 self.call(c, token=token)
             if self.client.gives_back:
                 self.send(call.process, Request("give", c, token))
