@@ -96,7 +96,9 @@ class _ForgetStaysJoinable(Server):
 
 
 class _GiveIsSilent(Server):
-    def tell(self, execution: Execution, kind: str, token: int, payload: int) -> tuple[Message, ...]:
+    def tell(
+        self, execution: Execution, kind: str, token: int, payload: int
+    ) -> tuple[Message, ...]:
         return () if kind == "l" else super().tell(execution, kind, token, payload)
 
 
@@ -153,7 +155,9 @@ PLANTED: tuple[Planted, ...] = (
         Scenario(_PAIR, forgets=1),
         _ForgetDeletes(),
     ),
-    Planted("FORGET leaves the execution joinable", Scenario(_PAIR, forgets=1), _ForgetStaysJoinable()),
+    Planted(
+        "FORGET leaves the execution joinable", Scenario(_PAIR, forgets=1), _ForgetStaysJoinable()
+    ),
     Planted("FORGET tells nobody", Scenario(_TWO_AND_ONE, forgets=1), _ForgetIsSilent()),
     Planted("GIVE tells nobody", Scenario(_PAIR, leaves=1), _GiveIsSilent()),
     Planted(

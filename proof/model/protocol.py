@@ -38,9 +38,7 @@ _PENDING = frozenset((OPENING, JOINING, FOLLOWING, AGAIN))
 _ASKING = frozenset((OPENING, JOINING))
 
 #: What the adversary can do.
-CRASH, STALL, LOSE, CUT, KILL, REFUSE, RESTART = (
-    "crash stall lose cut kill refuse restart".split()
-)
+CRASH, STALL, LOSE, CUT, KILL, REFUSE, RESTART = "crash stall lose cut kill refuse restart".split()
 
 
 class Scenario(NamedTuple):

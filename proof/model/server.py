@@ -132,7 +132,9 @@ class Server:
         """_MINE: the execution, if the token is still known."""
         return store.find(token)
 
-    def tell(self, execution: Execution, kind: str, token: int, payload: int) -> tuple[Message, ...]:
+    def tell(
+        self, execution: Execution, kind: str, token: int, payload: int
+    ) -> tuple[Message, ...]:
         """A message to each follower."""
         return tuple(Message(to, kind, token, payload) for to in sorted(execution.followers))
 
