@@ -26,8 +26,10 @@ def _arguments() -> argparse.Namespace:
         epilog=_BLIND,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=300.0, help="for all (default: 300)")
-    parser.add_argument("--states", type=int, default=1_500_000, help="for each (1,500,000)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for all (default: 600)")
+    parser.add_argument(
+        "--states", type=int, default=2_000_000, help="for each (default: 2,000,000)"
+    )
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument("--no-planted", action="store_true", help="leave out the planted faults")
     arguments = parser.parse_args()

@@ -17,6 +17,7 @@ The method is that of Spin and TLC (Holzmann, "The Model Checker SPIN", 1997; Yu
 Progress is decided backwards from the quiet states.
 """
 
+import itertools
 import time
 from array import array
 from collections.abc import Callable, Hashable, Iterable
@@ -77,7 +78,7 @@ class Report:
     complete: bool = False
     seconds: float = 0.0
     fault: str = ""
-    trace: list[tuple[tuple[Any, ...], str]] = field(default_factory=lambda: [])
+    trace: list[tuple[tuple[Any, ...], str]] = field(default_factory=list)
 
 
 class _Space:
@@ -101,7 +102,7 @@ class _Space:
         way.reverse()
         show = self.model.show
         told = [(("start",), show(self.states[way[0]]))]
-        for before, after in zip(way, way[1:], strict=False):
+        for before, after in itertools.pairwise(way):
             target = self.states[after]
             label = next(s[0] for s in self.model.steps(self.states[before]) if s[2] == target)
             told.append((label, show(target)))
