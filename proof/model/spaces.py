@@ -18,7 +18,7 @@ SMALL: dict[str, Scenario] = {
     "two processes, a forget, one leaves": Scenario(_PAIR, forgets=1, leaves=1),
 }
 
-#: Minutes each, all together an hour or so.
+#: Up to three minutes each.
 LARGE: dict[str, Scenario] = {
     "two callers and one, a forget": Scenario(_TWO_AND_ONE, forgets=1),
     "two processes, any fault, one leaves": Scenario(_PAIR, faults=1, leaves=1),
