@@ -120,7 +120,7 @@ PLANTED: tuple[Planted, ...] = (
     ),
     Planted(
         "GIVE does not look whose execution it gives up",
-        Scenario((0, 1, 2), faults=1, kinds=(STALL,), leaves=1),
+        Scenario((0, 1, 2), leaves=1),
         _GiveUnfenced(),
     ),
     Planted(
@@ -137,7 +137,7 @@ PLANTED: tuple[Planted, ...] = (
     Planted("JOIN hands old outcomes to new callers", Scenario((0, 1, 1)), _OldForAll()),
     Planted(
         "tokens begin at one after a restart",
-        Scenario((0, 1, 2), faults=1, kinds=(RESTART,)),
+        Scenario(_PAIR, faults=1, kinds=(RESTART,)),
         _TokensFromOne(),
     ),
     Planted(
@@ -217,7 +217,7 @@ PLANTED: tuple[Planted, ...] = (
     ),
     Planted(
         "a follower asks twice at once",
-        Scenario(_TWO_AND_ONE, forgets=1, leaves=1),
+        Scenario(_PAIR, forgets=1, leaves=1),
         client=_client(asks_once=False),
     ),
 )

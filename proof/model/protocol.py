@@ -28,20 +28,9 @@ __all__ = ["Call", "Client", "Process", "Protocol", "Request", "Scenario", "Stat
 #: A caller has not come yet; waits for its process's inbox to be known, for the answer to JOIN, for
 #: a message, for the keeper to join again; runs its function for all, or for its own process; waits
 #: for the answer to DONE; follows a caller of its own process; has its answer; has left; is dead.
-IDLE, OPENING, JOINING, FOLLOWING, AGAIN, RUNNING, ALONE, ENDING, LOCAL, ANSWERED, LEFT, DEAD = [
-    "idle",
-    "opening",
-    "joining",
-    "following",
-    "again",
-    "running",
-    "alone",
-    "ending",
-    "local",
-    "answered",
-    "left",
-    "dead",
-]
+IDLE, OPENING, JOINING, FOLLOWING, AGAIN = "idle", "opening", "joining", "following", "again"
+RUNNING, ALONE, ENDING, LOCAL = "running", "alone", "ending", "local"
+ANSWERED, LEFT, DEAD = "answered", "left", "dead"
 _OVER = frozenset((IDLE, ANSWERED, LEFT, DEAD))
 #: Its turn is not done.
 _PENDING = frozenset((OPENING, JOINING, FOLLOWING, AGAIN))
@@ -49,15 +38,8 @@ _PENDING = frozenset((OPENING, JOINING, FOLLOWING, AGAIN))
 _ASKING = frozenset((OPENING, JOINING))
 
 #: What the adversary can do.
-CRASH, STALL, LOSE, CUT, KILL, REFUSE, RESTART = [
-    "crash",
-    "stall",
-    "lose",
-    "cut",
-    "kill",
-    "refuse",
-    "restart",
-]
+CRASH, STALL, LOSE, CUT = "crash", "stall", "lose", "cut"
+KILL, REFUSE, RESTART = "kill", "refuse", "restart"
 
 
 class Scenario(NamedTuple):
@@ -202,7 +184,7 @@ class _World:
         self.bad = state.bad
 
     def freeze(self) -> State:
-        """The state, without ghosts that can tell nothing any more: more states are alike."""
+        """The state, without ghosts that can tell nothing any more, so that states are alike."""
         processes, ended, forgotten = tuple(self.processes), self.ended, self.forgotten
         if not any(call.phase == IDLE for call in self.calls):
             ended = 0
@@ -233,7 +215,7 @@ class _World:
         self.processes[p] = self.processes[p]._replace(**changes)  # type: ignore[arg-type]
 
     def over(self, c: int, phase: str) -> None:
-        """The caller is done with, and what it was does not matter: more states are alike."""
+        """The caller is done with. What it was matters no more, so that states are alike."""
         call = self.calls[c]
         self.calls[c] = Call(call.process, phase, led=call.led)
 
@@ -378,6 +360,9 @@ class _World:
                     self.call(c, asked=True, stale=self.calls[c].stale | self.forgotten)
                 inbox = self.calls[c].process
                 result = server.join(before, inbox, token, request.followed)
+                lead = result[0].f
+                if before.f is None and lead is not None and lead.token <= before.clock:
+                    self.bad = "a token is given a second time"
             case "done":
                 result = server.done(before, token, c, self.scenario.hold, self.scenario.large)
                 if result[1][0] >= 0:
@@ -434,6 +419,8 @@ class _World:
             if call.phase in _PENDING:
                 self.over(c, LEFT)
             elif call.phase in (RUNNING, ENDING):
+                if self.faults == self.scenario.faults:
+                    self.bad = "a caller that leads has come to lead a second time"
                 self.call(c, token=token)
             if self.client.gives_back:
                 self.send(call.process, Request("give", c, token))
@@ -553,7 +540,9 @@ class _World:
 
     def kill(self, p: int, late: bool) -> None:
         """The connection for commands; the process sends again what was not answered."""
-        self.fault(patient=late)
+        # What a leader asked for may be forgotten when it asks again: then it leads anew, and who
+        # has followed it waits for its lease.
+        self.fault(patient=late or self.scenario.forgets > 0)
         if late:
             self.leave_behind(p)
         again = tuple(
@@ -806,16 +795,16 @@ class Protocol:
         return _show(state)
 
 
-def _show(state: State) -> str:
-    def execution(one: object) -> str:
-        e = one  # type: ignore[assignment]
-        followers = ",".join(f"p{p}" for p in sorted(e.followers))  # type: ignore[attr-defined]
-        return f"{e.token}(p{e.leader}<-{followers or '-'})"  # type: ignore[attr-defined]
+def _show_execution(kind: str, execution: Execution) -> str:
+    followers = ",".join(f"p{p}" for p in sorted(execution.followers))
+    return f"{kind}={execution.token}(p{execution.leader}<-{followers or '-'})"
 
+
+def _show(state: State) -> str:
     store = state.store
     parts = [
-        f"f={execution(store.f) if store.f else '-'}",
-        *(f"g={execution(e)}" for e in store.g),
+        _show_execution("f", store.f) if store.f else "f=-",
+        *(_show_execution("g", e) for e in store.g),
         *([f"r={store.r.token}"] if store.r else []),
     ]
     calls = [
