@@ -133,7 +133,7 @@ class _Oracle:
             all(map(self._anonymous, case.asks))
             and self._is_one_request()
             and self._is_for_all(any(_joined(ask.headers, "authorization") for ask in case.asks))
-            and self._varies_alike()
+            and (case.says.fails or self._varies_alike())  # who fails has said nothing
         )
 
     def _anonymous(self, ask: Ask) -> bool:
