@@ -532,10 +532,11 @@ def _led_by(thread: int) -> list[Seat]:
 
 
 def _after_fork_in_child() -> None:
-    global _lock
+    global _lock, _blocked, _held_up
     _lock = SteadyLock()
-    _blocked.clear()
-    _held_up.clear()
+    # Not cleared: free-threaded, a thread that is gone may hold a dict's own lock.
+    _blocked = {}
+    _held_up = {}
 
 
 if hasattr(os, "register_at_fork"):
