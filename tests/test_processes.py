@@ -182,6 +182,46 @@ def test_the_child_has_no_forgotten_or_colliding_execution() -> None:
     assert flight.in_flight() == 0
 
 
+#: What is done first when this process forks.
+before_fork: list[Callable[[], object]] = []
+
+if hasattr(os, "register_at_fork"):
+    # The last one that is registered is called first.
+    os.register_at_fork(before=lambda: [act() for act in before_fork])
+
+
+@need_fork
+def test_nobody_is_in_the_middle_of_changing_a_shard_when_the_process_forks() -> None:
+    """Section 9, sentence 1: "no lock held", a free-threaded object's own among them."""
+    flight = ShardedFlight(1)
+    flight.do(lambda: None, "k")
+    (shard,) = flight._made_shards()
+    changing, forking = threading.Event(), threading.Event()
+    changed: list[str] = []
+
+    def change() -> None:
+        with shard.lock:
+            changing.set()
+            forking.wait(PATIENCE)
+            time.sleep(0.05)  # in which a fork that did not wait would be over
+            changed.append("changed")
+
+    changer = spawn(change)
+    assert changing.wait(PATIENCE)
+    before_fork.append(forking.set)
+    try:
+        in_child(lambda: assert_works_after(changed, flight))
+    finally:
+        before_fork.clear()
+    changer.result(PATIENCE)
+    assert flight.do(lambda: "parent", "k") == ("parent", False)
+
+
+def assert_works_after(changed: list[str], flight: ShardedFlight) -> None:
+    assert changed == ["changed"]
+    assert_works(flight)
+
+
 @pytest.mark.untraced
 @need_fork
 def test_a_hundred_forks_of_a_parent_that_never_rests() -> None:

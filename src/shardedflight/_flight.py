@@ -841,14 +841,46 @@ def _loop_closed() -> None:
         flight._loop_closed()
 
 
+#: The locks that are taken before a fork and released after it, by the ident of who forks.
+_held_over_fork: dict[int, list[Any]] = {}
+#: Seconds that a fork waits for all of them, at the most.
+_FORK_WAITS = 0.5
+
+
+def _before_fork() -> None:
+    """Waits for those who change a shard: the child has to find it whole, and able to be changed.
+
+    Free-threaded, each object has a lock of its own, which is held while an attribute is set. A
+    thread that is gone in the child would hold it for good. To change a shard takes microseconds;
+    for one that takes longer, as under a debugger, a fork does not wait.
+    """
+    locks = _held_over_fork[get_ident()] = []
+    deadline = monotonic() + _FORK_WAITS
+    for flight in all_flights():
+        for shard in flight._made_shards():
+            locks.append(shard.lock)  # first: a signal handler may raise after `acquire`
+            shard.lock.acquire(timeout=max(0.0, deadline - monotonic()))
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _held_over_fork.pop(get_ident(), ()):
+        if lock._is_owned():
+            lock.release()
+
+
 def _after_fork_in_child() -> None:
-    global _pool_lock, _observers_lock
+    global _pool_lock, _observers_lock, _held_over_fork
     _pool_lock = SteadyLock()
     _observers_lock = SteadyLock()
+    _held_over_fork = {}
     after_fork_in_child()
     for flight in all_flights():
         flight._after_fork_in_child()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
