@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proof.fuzz.payloads import PLAIN_VALUES
 
 from shardedflight import BackendError, RemoteError
 from shardedflight._core import End
@@ -86,24 +87,12 @@ class Row(msgspec.Struct):
     name: str
 
 
-json_like = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.text(max_size=5)
-    | st.binary(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=8,
-)
-
-
 def back(codec: MessagePack, value: Any) -> Any:
     wire = Wire("n", codec, 1 << 20)
     return wire.open(Sealed(1, wire.seal(Outcome(End.VALUE, value)))).value
 
 
-@given(json_like)
+@given(PLAIN_VALUES)
 def test_plain_values_come_back_as_they_are(value: Any) -> None:
     assert repr(back(MessagePack(), value)) == repr(value)
 

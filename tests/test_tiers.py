@@ -1,5 +1,6 @@
 """What all backends do alike: ../shared/tiers.md, over real processes."""
 
+import asyncio
 import atexit
 import contextlib
 import importlib
@@ -470,6 +471,45 @@ def test_forget_reaches_every_process(tier: Any, start: Any) -> None:
     new[0].let_return("new")
     assert [values(call.ends()) for call in new] == [("new", True)] * 3
     assert {values(call.ends()) for call in late} <= {("old", True), ("new", True)}
+
+
+@pytest.mark.parametrize("how", ["do", "do_async", "do_many", "do_many_async"])
+def test_what_is_forgotten_while_the_backend_is_asked_is_not_joined_by_its_own_function(
+    tier: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = tier.backend()
+    flight = ShardedFlight(backend=backend)
+    join = backend.join
+    asked: list[object] = []
+
+    def forget_and_join(wanted: Any, here: bool) -> Any:
+        if not asked:
+            flight.forget("k")
+        asked.append(wanted)
+        return join(wanted, here)
+
+    async def inner() -> str:
+        return "inner"
+
+    async def outer_async() -> str:
+        return (await flight.do_async(inner, "k"))[0]
+
+    async def outer_many_async(keys: list[str]) -> dict[str, str]:
+        return {key: await outer_async() for key in keys}
+
+    def outer() -> str:
+        return flight.do(lambda: "inner", "k")[0]
+
+    monkeypatch.setattr(backend, "join", forget_and_join)
+    call: Callable[[], Any] = {
+        "do": lambda: flight.do(outer, "k"),
+        "do_async": lambda: asyncio.run(flight.do_async(outer_async, "k")),
+        "do_many": lambda: flight.do_many(lambda keys: {k: outer() for k in keys}, ["k"])["k"],
+        "do_many_async": lambda: asyncio.run(flight.do_many_async(outer_many_async, ["k"]))["k"],
+    }[how]
+    assert spawn(call).result(PATIENCE) == ("inner", False)
+    assert len(asked) == 2
+    backend.close()
 
 
 def test_what_was_forgotten_serves_those_who_joined_however_long_it_runs(

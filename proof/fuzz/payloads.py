@@ -25,7 +25,7 @@ from shardedflight.backends import MessagePack, Outcome, Sealed
 from shardedflight.backends._protocol import _MAGIC, Wire
 from shardedflight.backends.redis import RedisBackend
 
-__all__ = ["TARGETS"]
+__all__ = ["PLAIN_VALUES", "TARGETS"]
 
 #: Seconds after which a call hangs: many times the timeout of the backend below.
 HANGS = 6.0
@@ -35,7 +35,8 @@ POOL = ThreadPoolExecutor(4, "fuzz")
 WIRE = Wire("fuzz", None, 1 << 16)
 _MADE_OF = (type(None), bool, int, float, str, bytes, list, dict)
 
-_VALUES = st.recursive(
+#: What goes to other processes as it is.
+PLAIN_VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(2**63), 2**64 - 1)
@@ -43,7 +44,7 @@ _VALUES = st.recursive(
     | st.text(max_size=5)
     | st.binary(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=6,
+    max_leaves=8,
 )
 #: Arrays, maps and strings of MessagePack that say to be huge, or begin one inside of another.
 _BOMBS = st.builds(
@@ -78,7 +79,7 @@ def _signed(kind: bytes, body: bytes) -> bytes:
 
 
 _SIGNED = st.builds(_signed, st.sampled_from([b"V", b"E", b"M", b"X", b"?", b"v"]), _BODIES)
-_TRUE = _VALUES.map(lambda value: WIRE.seal(Outcome(End.VALUE, value)))
+_TRUE = PLAIN_VALUES.map(lambda value: WIRE.seal(Outcome(End.VALUE, value)))
 
 
 @st.composite

@@ -728,9 +728,9 @@ class ShardedFlight(Core):
             TypeError: The key is not hashable, or a hook returned what it must not.
         """
         key, h, shard = self._place(parts)
+        shard.forget(h, key)  # first: who asks the backend now looks here when it has been answered
         if self._tier is not None:
             self._tier.forget(key)
-        shard.forget(h, key)
 
     def in_flight(self) -> int:
         """How many executions run now, those that were forgotten among them."""

@@ -286,6 +286,7 @@ class Tier:
             if isinstance(turn, Outcome):
                 shard.share(h, seat)
                 return _read(turn, seat)  # type: ignore[no-any-return]
+            self._lead(shard, seat)
             before = token.set(turn.token)
             try:
                 value = fn()
@@ -321,6 +322,7 @@ class Tier:
                 shard.share(h, seat)
                 return _read(turn, seat)  # type: ignore[no-any-return]
             if turn is not None:
+                self._lead(shard, seat)
                 token.set(turn.token)
             try:
                 awaitable = fn()
@@ -360,6 +362,16 @@ class Tier:
                 return won
             reject = won.token  # it can not be read
         return None
+
+    def _lead(self, shard: Shard, seat: Seat) -> None:
+        """This process leads for the key of `seat`, and it is about to run the function.
+
+        If it was forgotten here while the backend was asked, then who comes now starts anew, and
+        shall not find it at the backend: the function itself may come.
+        """
+        record = shard.record(seat)
+        if record is not None and not record.joinable and record.end is None:
+            self.backend.forget(self.name(seat[0]))
 
     def _won(self, turn: Turn) -> Lead | Outcome | Sealed | None:
         """What has come of a turn. `Sealed`: it can not be read, and has to be asked for anew."""
@@ -644,6 +656,7 @@ class Party:
                     mine.append(member)
                     if won is not None:
                         self._leads[member] = won
+                        tier._lead(member.shard, member.seat)
         return mine
 
     def finish(self, outcomes: dict[Any, Outcome]) -> Steps[dict[Any, Exception]]:

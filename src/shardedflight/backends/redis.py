@@ -954,7 +954,7 @@ class RedisBackend(Wire):
         """Renews the leases of all that this process leads, and gives up what was dropped."""
         by_shard: dict[int, list[tuple[bytes, int]]] = {}
         with self._lock:
-            for (name, token), (lead, _) in list(self._leads.items()):
+            for (name, token), (lead, _) in self._leads.copy().items():
                 if lead() is None:
                     del self._leads[name, token]
                     self._tasks.append(lambda name=name, token=token: self._give(name, token))  # type: ignore[misc]
