@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import shardedflight
+
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.once
+#: What such a process tells does not depend on the core of this one.
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(shardedflight.__compiled__, reason="the plain core's run does it"),
+]
 
 
 def run(*args: str, code: int = 0) -> str:

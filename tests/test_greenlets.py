@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 
+import shardedflight
+
 pytest.importorskip("gevent", reason="gevent is not installed")
 
-pytestmark = pytest.mark.once
+#: What such a process tells does not depend on the core of this one.
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(shardedflight.__compiled__, reason="the plain core's run does it"),
+]
 
 PATCHED = """
 from gevent import monkey

@@ -538,7 +538,7 @@ def test_who_is_late_to_tell_that_a_loop_was_closed_does_not_end_the_heirs_turn(
     loop = asyncio.new_event_loop()
     stopped = spawn(loop.run_forever)
     former = asyncio.run_coroutine_threadsafe(here.do_async(own, "k"), loop)
-    eventually(lambda: marks(directory) == 1)
+    eventually(lambda: marks(directory) == 1 and len(tier._abroad) == 1)
     (known,) = tier._abroad.values()
     heir = spawn(here.do, lambda: "heir", "k")
     eventually(lambda: here.stats().waiting == 1)
