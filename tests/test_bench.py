@@ -31,6 +31,8 @@ from shardedflight.bench.targets import (
     target_of,
 )
 
+pytestmark = pytest.mark.around
+
 
 @dataclass(frozen=True)
 class Run:

@@ -42,6 +42,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"not installed here: {', '.join(missing)}")
 
 
+pytestmark = pytest.mark.around
 needs_extra = needs(*EXTRA)
 needs_backends = needs(*EXTRA, *BACKENDS)
 
@@ -503,7 +504,6 @@ def test_a_server_that_dies_is_noticed(tmp_path: Path, environment: dict[str, st
 
 
 @needs_backends
-@pytest.mark.tiers
 @pytest.mark.parametrize("backend", ["host", "valkey", "url"])
 def test_several_processes_share_on_the_tier(
     backend: str, tmp_path: Path, environment: dict[str, str]
@@ -568,7 +568,6 @@ def test_workers_and_backend_imply_each_other(
 
 
 @needs_backends
-@pytest.mark.tiers
 def test_a_server_that_cannot_be_reached(tmp_path: Path, environment: dict[str, str]) -> None:
     with closing(socket.socket()) as closed:
         closed.bind(("127.0.0.1", 0))  # nobody listens there
@@ -583,7 +582,6 @@ def test_a_server_that_cannot_be_reached(tmp_path: Path, environment: dict[str, 
 
 
 @needs_backends
-@pytest.mark.tiers
 @pytest.mark.parametrize("backend", ["host", "valkey"])
 def test_a_signal_ends_all_processes(
     backend: str, tmp_path: Path, environment: dict[str, str]
@@ -603,7 +601,6 @@ def test_a_signal_ends_all_processes(
 
 
 @needs_backends
-@pytest.mark.tiers
 def test_the_valkey_server_ends_with_the_demo(tmp_path: Path, environment: dict[str, str]) -> None:
     options = ["--rows", "5000", "--duration", "60", "--workers", "2", "--backend", "valkey"]
     with running(tmp_path, environment, *options) as demo:
@@ -617,7 +614,6 @@ def test_the_valkey_server_ends_with_the_demo(tmp_path: Path, environment: dict[
 
 
 @needs_backends
-@pytest.mark.tiers
 def test_one_of_several_servers_that_dies_is_noticed(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:

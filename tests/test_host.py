@@ -30,7 +30,7 @@ if os.name == "nt":
 
 from shardedflight.backends.host import HostBackend
 
-pytestmark = pytest.mark.tiers
+pytestmark = pytest.mark.around
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ pytest.importorskip("cheroot", reason="the extra `bench` is not installed")
 
 from shardedflight.bench import http
 
+pytestmark = pytest.mark.around
+
 
 @pytest.mark.parametrize("interface", ["asgi", "wsgi"])
 def test_requests_that_go_another_way_are_refused(interface: str) -> None:

@@ -12,7 +12,7 @@ from support import PATIENCE, eventually
 from shardedflight import ShardedFlight
 from shardedflight.http import asgi, wsgi
 
-pytestmark = pytest.mark.parametrize("kind", KINDS)
+pytestmark = [pytest.mark.around, pytest.mark.parametrize("kind", KINDS)]
 
 
 # -- collapsing -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from valkey_support import Valkey
 from shardedflight.backends import _scripts
 
 # Nothing in here depends on the interpreter.
-pytestmark = [pytest.mark.tiers, pytest.mark.once]
+pytestmark = [pytest.mark.around, pytest.mark.once]
 
 # -- the checker ----------------------------------------------------------------------------------
 

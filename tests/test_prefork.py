@@ -14,6 +14,8 @@ from support import eventually, spawn
 from test_tiers import tier  # noqa: F401  # pyright: ignore[reportUnusedImport] - a fixture
 from valkey_support import free_port
 
+pytestmark = pytest.mark.around
+
 WORKERS, REQUESTS = 4, 40
 
 

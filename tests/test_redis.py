@@ -28,7 +28,7 @@ from shardedflight.backends.redis import RedisBackend
 if os.name == "nt":
     pytest.skip("there is no Valkey for Windows", allow_module_level=True)
 
-pytestmark = pytest.mark.tiers
+pytestmark = pytest.mark.around
 
 LEASE = 1.0
 

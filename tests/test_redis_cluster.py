@@ -13,7 +13,7 @@ from valkey_support import Valkey, ValkeyCluster
 if os.name == "nt":
     pytest.skip("there is no Valkey for Windows", allow_module_level=True)
 
-pytestmark = pytest.mark.tiers
+pytestmark = pytest.mark.around
 
 
 @pytest.fixture

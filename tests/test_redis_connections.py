@@ -27,7 +27,7 @@ from valkey_support import Valkey
 from shardedflight import ShardedFlight
 from shardedflight.backends.redis import RedisBackend
 
-pytestmark = pytest.mark.tiers
+pytestmark = pytest.mark.around
 
 #: Long enough for a process that a busy machine keeps waiting.
 LEASE = 3.0

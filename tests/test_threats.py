@@ -157,7 +157,7 @@ def while_led(flight: ShardedFlight, look: Callable[[], None]) -> None:
         leader.result(PATIENCE)
 
 
-@pytest.mark.tiers
+@pytest.mark.around
 @pytest.mark.skipif(os.name == "nt", reason="needs file locks of POSIX")
 def test_a_directory_shows_no_key_and_is_this_users_alone(tmp_path: Path) -> None:
     from shardedflight.backends.host import HostBackend
@@ -187,7 +187,7 @@ def server() -> Iterator[Any]:
     started.stop()
 
 
-@pytest.mark.tiers
+@pytest.mark.around
 @pytest.mark.skipif(os.name == "nt", reason="there is no server for Windows")
 def test_a_server_is_shown_no_key(server: Any) -> None:
     from shardedflight.backends.redis import RedisBackend

@@ -22,7 +22,7 @@ from valkey_support import Valkey, ValkeyCluster
 from shardedflight import ShardedFlight
 
 pytestmark = [
-    pytest.mark.tiers,
+    pytest.mark.around,
     pytest.mark.skipif(os.name == "nt", reason="the backends' tests are for POSIX"),
 ]
 

@@ -18,7 +18,7 @@ from shardedflight.bench.basics import FORM
 from shardedflight.bench.command import NAMES
 from shardedflight.bench.targets import target_of
 
-pytestmark = pytest.mark.tiers
+pytestmark = pytest.mark.around
 
 
 @pytest.fixture(scope="module")
