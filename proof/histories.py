@@ -512,6 +512,8 @@ def _one(
 
     Each needs a forget of its own, which ended after its caller came and began before the latest
     of them did. (A follower that takes over in a forgotten execution came before the forget, too.)
+    Where processes meet, one forget is good for all whose callers came before it ended: those who
+    ask the backend meanwhile are forgotten with what runs.
     """
     running: list[Execution] = []
     for execution in sorted(executions, key=lambda execution: execution.begun):
@@ -521,7 +523,8 @@ def _one(
             for other in running
             if (other.ended is None or other.ended > now) and not _given_up(checked, other, now)
         ]
-        running.append(execution)
+        if not _outrun(checked, execution):
+            running.append(execution)
         # One may be joinable: it is best for the product that it is the one that came last.
         came = sorted((other.invoked for other in running), reverse=True)[1:]
         if not came:
@@ -533,9 +536,11 @@ def _one(
                 if forget.begun <= now
             ),
             reverse=True,
-        )[: len(came)]
+        )
+        if checked.abroad:
+            reasons = reasons[:1] * len(came)
         if len(reasons) < len(came) or any(
-            ended < invoked for ended, invoked in zip(reasons, came, strict=True)
+            ended < invoked for ended, invoked in zip(reasons, came, strict=False)
         ):
             yield Violation(
                 "one",
@@ -554,6 +559,31 @@ def _given_up(checked: _Checked, execution: Execution, now: int) -> bool:
         and leader.leaving is not None
         and leader.leaving <= now
         and not checked.served.get(execution.number)
+    )
+
+
+def _outrun(checked: _Checked, execution: Execution) -> bool:
+    """Whether it may run beside others: who was to hand on another process's outcome has left.
+
+    What has ended in another process is joined no more, whether its outcome is here yet or not.
+    Those who had joined then take over and begin anew, for themselves alone.
+    """
+    if not checked.abroad:
+        return False
+    arriving = [
+        other.begun
+        for other in checked.executions_by_key[execution.key]
+        if other.ended is not None
+        and other.ended < execution.begun
+        and (checked.called[other.call].ended or execution.begun) > execution.invoked
+    ]
+    return bool(arriving) and any(
+        call.outcome not in SERVED
+        and call.process == execution.process
+        and call.begun < execution.begun
+        # One whose loop was closed leads until that is noticed.
+        and (call.outcome is Outcome.CLOSED or (call.ended or execution.begun) > min(arriving))
+        for call in checked.by_key[execution.key]
     )
 
 

@@ -379,6 +379,32 @@ def test_processes_apart_may_lead_for_one_key_at_a_time() -> None:
     assert scripts[0].rules(scripts[1], apart=True) == []
 
 
+def test_a_forget_is_good_for_all_who_ask_the_backend_then() -> None:
+    scripts = [Script(number, plain=True) for number in (1, 2, 3)]
+    for script in scripts:
+        leader = script.call(0, 20)
+        script.serve(script.run(leader, 5, 15), leader)
+    assert scripts[0].rules(*scripts[1:]) == ["one"]
+    scripts[2].forget(1, 2)
+    assert scripts[0].rules(*scripts[1:]) == []
+    scripts[2].history.forgets[0].ended = -1
+    assert scripts[0].rules(*scripts[1:]) == ["one"]
+
+
+def test_who_takes_over_from_one_that_has_left_with_an_outcome_begins_anew() -> None:
+    """Other processes do not see that, nor does who comes to its own."""
+    first, second = Script(1, plain=True), Script(2, plain=True)
+    leader = first.call(0, 20)
+    first.serve(first.run(leader, 1, 15), leader, shared=True)
+    follower, heir, newcomer = second.call(2, 18), second.call(3, 40), second.call(22, 40)
+    second.leave(follower)
+    for call in (heir, newcomer):
+        second.serve(second.run(call, 23, 35), call)
+    assert first.rules(second) == []
+    follower.ended = 1  # before there was an outcome
+    assert first.rules(second) == ["one"]
+
+
 def test_a_history_goes_to_another_process() -> None:
     script = Script()
     led_and_followed(script)

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually, spawn
 from test_processes import need_fork
-from test_tiers import marks
+from test_tiers import marks, values
 from tier_support import Worker
 
 from shardedflight import BackendError, FlightErrorGroup, ShardedFlight, coalesce
-from shardedflight._tier import Turn
+from shardedflight._tier import Lead, Sealed, Turn
 from shardedflight.backends import fencing_token
 
 if os.name == "nt":
@@ -85,6 +85,115 @@ def test_an_outcome_that_is_on_its_way_is_not_joined_after_a_forget(
     finally:
         tell.set()
     assert follower.result(PATIENCE) == ("old", True)
+
+
+def hold(
+    monkeypatch: pytest.MonkeyPatch, where: type, method: str, times: int = 1
+) -> tuple[threading.Event, threading.Event]:
+    """Holds up the first calls of a method. Returns what tells that, and what lets them go on."""
+    held, go = threading.Event(), threading.Event()
+    real = getattr(where, method)
+    left = iter(range(times))
+
+    def held_up(*args: Any) -> Any:
+        if next(left, None) is not None:
+            held.set()
+            assert go.wait(PATIENCE)
+        return real(*args)
+
+    monkeypatch.setattr(where, method, held_up)
+    return held, go
+
+
+def test_a_lost_leader_is_not_taken_for_a_forgotten_one(
+    directory: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for one that is lost begins anew, and all callers of its process join that."""
+    (worker,) = start(1)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    leader = worker.call("do", "k")
+    leader.runs()
+    heir = spawn(flight.do, lambda: "new", "k")
+    eventually(lambda: marks(directory) == 1)
+    held, go = hold(monkeypatch, HostBackend, "_unwatch")
+    worker.signal(signal.SIGKILL)
+    assert held.wait(PATIENCE)
+    for file in files(directory):
+        file.unlink()  # as the leader does, if it is lost but not killed
+    follower = spawn(flight.do, lambda: "not run", "k")
+    eventually(lambda: flight.stats().waiting == 1)
+    go.set()
+    assert heir.result(PATIENCE) == follower.result(PATIENCE) == ("new", True)
+    assert flight.stats().forgotten == 0
+
+
+def test_a_follower_that_came_too_late_is_not_taken_for_a_forgotten_one(
+    directory: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader had looked for marks before: who waits begins anew, and its process joins that."""
+    (worker,) = start(1)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    leader = worker.call("do", "k")
+    leader.runs()
+    following, follow = hold(monkeypatch, HostBackend, "_follow")
+    late = spawn(flight.do, lambda: "new", "k")
+    assert following.wait(PATIENCE)
+    leader.let_return("old")
+    assert values(leader.ends()) == ("old", False)
+    watching, watch = hold(monkeypatch, HostBackend, "_unwatch")
+    follow.set()
+    assert watching.wait(PATIENCE)
+    followers = []
+    for number in range(1, 4):
+        followers.append(spawn(flight.do, lambda: "not run", "k"))
+        eventually(lambda number=number: flight.stats().waiting == number)  # type: ignore[misc]
+    watch.set()
+    assert [call.result(PATIENCE) for call in (late, *followers)] == [("new", True)] * 4
+    assert flight.stats().forgotten == 0
+
+
+def test_who_has_found_what_is_forgotten_meanwhile_is_not_joined(
+    directory: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 6: it came before the forget ended, but who comes after that begins anew."""
+    (worker,) = start(1)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    leader = worker.call("do", "k")
+    leader.runs()
+    forgetting, forget = hold(monkeypatch, HostBackend, "forget")
+    forgotten = spawn(flight.forget, "k")
+    assert forgetting.wait(PATIENCE)
+    following, follow = hold(monkeypatch, HostBackend, "_follow")
+    before = spawn(flight.do, lambda: "before", "k")
+    assert following.wait(PATIENCE)
+    forget.set()
+    forgotten.result(PATIENCE)
+    try:
+        assert flight.do(lambda: "after", "k", timeout=5) == ("after", False)
+    finally:
+        follow.set()
+    assert before.result(PATIENCE) == ("before", False)
+    leader.let_return("old")
+    assert values(leader.ends()) == ("old", False)
+
+
+def test_what_is_ended_is_not_given_up_as_well(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that take a name away could take that of the next leader: its caller may leave then."""
+    first, second = HostBackend(directory), HostBackend(directory)
+    (turn,) = first.join([(b"n" * 20, 0)], True)
+    lead = turn.result(PATIENCE)
+    assert isinstance(lead, Lead)
+    ending, end = hold(monkeypatch, os, "unlink")  # type: ignore[arg-type]
+    finished = spawn(first.finish, [(lead, b"outcome")], True)
+    assert ending.wait(PATIENCE)
+    first.give_up(lead)
+    (follower,) = second.join([(b"n" * 20, 0)], True)
+    assert not follower.done()
+    end.set()
+    assert finished.result(PATIENCE)[0].result(PATIENCE) == 1
+    assert follower.result(PATIENCE) == Sealed(lead.token, b"outcome")
 
 
 def test_a_killed_leader_is_replaced_within_50_ms(directory: Path, start: Any) -> None:

@@ -166,8 +166,8 @@ class Real:
     def beat(self, token: int) -> tuple[int, ...]:
         return (self._run("BEAT", [self.f, self._g(token)], LEASE, self._real(token)),)
 
-    def forget(self) -> tuple[int, ...]:
-        return (self._run("FORGET", [self.f, self.r, f"{self.g}:"], NAME),)
+    def forget(self, only: int) -> tuple[int, ...]:
+        return (self._run("FORGET", [self.f, self.r, f"{self.g}:"], NAME, self._real(only)),)
 
     def tick(self, token: int) -> None:
         """Half of the lease, or the rest."""
@@ -243,7 +243,7 @@ DEED = st.one_of(
     st.tuples(st.just("done"), TOKEN, st.integers(1, 9), st.booleans(), st.booleans()),
     st.tuples(st.just("give"), TOKEN),
     st.tuples(st.just("beat"), TOKEN),
-    st.tuples(st.just("forget")),
+    st.tuples(st.just("forget"), TOKEN),
     st.tuples(st.just("tick"), TOKEN),
     st.tuples(st.just("grow_old")),
     st.tuples(st.just("restart")),

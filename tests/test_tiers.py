@@ -512,6 +512,34 @@ def test_what_is_forgotten_while_the_backend_is_asked_is_not_joined_by_its_own_f
     backend.close()
 
 
+def test_who_was_forgotten_while_it_asked_forgets_nobody_else(tier: Any, start: Any) -> None:
+    """Section 6: a forget is for the execution that ran. By the time that one begins there may be
+    a newer one, in another process."""
+    (other,) = start(1)
+    backend = tier.backend()
+    flight = ShardedFlight(backend=backend, name="workers")
+    newer: list[Any] = []
+    real = backend.join
+
+    def join_and_forget(wanted: Any, here: bool) -> Any:
+        turns = real(wanted, here)
+        if not newer:
+            turns[0].result(PATIENCE)
+            flight.forget("k")
+            newer.append(other.call("do", "k"))
+            newer[0].runs()
+        return turns
+
+    backend.join = join_and_forget
+    assert flight.do(lambda: "old", "k") == ("old", False)
+    follower = spawn(flight.do, lambda: "not run", "k")
+    eventually(lambda: tier.followers() == 1)
+    newer[0].let_return("new")
+    assert values(newer[0].ends()) == ("new", True)
+    assert follower.result(PATIENCE) == ("new", True)
+    backend.close()
+
+
 def test_what_was_forgotten_serves_those_who_joined_however_long_it_runs(
     tier: Any, start: Any
 ) -> None:

@@ -85,8 +85,8 @@ class _ForgetDeletes(Server):
 
 
 class _ForgetIsSilent(Server):
-    def forget(self, store: Store) -> Result:
-        store, reply, _ = super().forget(store)
+    def forget(self, store: Store, only: int = 0) -> Result:
+        store, reply, _ = super().forget(store, only)
         return store, reply, ()
 
 

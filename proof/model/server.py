@@ -172,10 +172,12 @@ class Server:
             return store, (0,), ()
         return store.put(mine, mine._replace(due=False)), (1,), ()
 
-    def forget(self, store: Store) -> Result:
-        """FORGET. Answers whether there was an execution."""
-        store = self.drop(store)
+    def forget(self, store: Store, only: int = 0) -> Result:
+        """FORGET, of any execution or of the one with a token. Answers whether there was one."""
         lead = store.f
+        if only and (lead is None or lead.token != only):
+            return store, (0,), ()
+        store = self.drop(store)
         if lead is None:
             return store, (0,), ()
         followers = sorted(lead.followers)

@@ -730,7 +730,7 @@ class ShardedFlight(Core):
         key, h, shard = self._place(parts)
         shard.forget(h, key)  # first: who asks the backend now looks here when it has been answered
         if self._tier is not None:
-            self._tier.forget(key)
+            self._tier.forget(shard, h, key)
 
     def in_flight(self) -> int:
         """How many executions run now, those that were forgotten among them."""
@@ -778,10 +778,10 @@ class ShardedFlight(Core):
             loop = loop_of(leader)
             if loop is not None and loop.is_closed():
                 if self._tier is not None:
-                    turn = self._tier.turn_of(seat)
+                    asked = self._tier.asked_for(seat)
                     # While it leads, nobody else's: another thread may have handed over by now.
-                    if turn is not None and shard.leader(seat) is leader:
-                        self._tier.lose(seat, turn)
+                    if asked is not None and shard.leader(seat) is leader:
+                        self._tier.lose(seat, asked)
                 self._conclude(shard, h, seat, leader, End.LOST)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> "Callable[[], asyncio.Future[Any]]":

@@ -26,7 +26,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from ._core import End, Seat, Shard, not_awaitable, public_key
 from ._lock import SteadyLock
@@ -130,12 +130,16 @@ class Turn(Future["Lead | Sealed"]):
         """Whether no process has forgotten the execution. Called on any thread; does not block."""
         raise NotImplementedError
 
+    def leads(self) -> bool:
+        """Whether this process leads."""
+        if not self.done() or self.cancelled() or self.exception() is not None:
+            return False
+        return isinstance(self.result(), Lead)
+
     def leave(self) -> None:
         """The caller goes; a lead that has come meanwhile is handed over."""
-        if not self.cancel() and self.exception() is None:
-            won = self.result()
-            if isinstance(won, Lead):
-                self._backend.give_up(won)
+        if not self.cancel() and self.leads():
+            self._backend.give_up(cast("Lead", self.result()))
 
     def settle(self, won: "Lead | Sealed") -> bool:
         """Ends the wait. False if the caller has left: a lead is its maker's to give up then."""
@@ -199,10 +203,11 @@ class Tier:
         self._counts = dict.fromkeys(TierStats.__slots__, 0)
         #: What has been said in the log.
         self._said: set[str] = set()
-        #: Where this process leads or follows, by the ids of the seats. Each is written by who
-        #: leads here, under the lock; read without it. Who takes over a seat writes it anew, maybe
-        #: before its former leader has ended: a turn is taken out by identity.
-        self._abroad: dict[int, tuple[bytes, Turn]] = {}
+        #: The names and the turns of those who lead here, by the ids of their seats. Entered before
+        #: the backend is asked, with turns as they come, of which the last one counts. Each is
+        #: written by who leads here, under the lock; read without it. Who takes over a seat enters
+        #: it anew, maybe before its former leader has ended: the turns are taken out by identity.
+        self._abroad: dict[int, tuple[bytes, list[Turn]]] = {}
 
     def stats(self) -> TierStats:
         """The totals."""
@@ -239,24 +244,41 @@ class Tier:
             TypeError: The key can not leave the process.
         """
         name = self.name(key)
-        if self._abroad:
-            for seat in shard.holders(h):
-                known = self._abroad.get(id(seat))
-                if known is not None and known[0] == name and not known[1].joinable():
-                    shard.forget_seat(h, seat)
+        for seat, turns in self._known(shard, h, name):
+            if turns and not turns[-1].joinable():
+                shard.forget_seat(h, seat)
 
-    def forget(self, key: Any) -> None:
-        """Forgets the key's execution in all processes.
+    def forget(self, shard: Shard, h: int, key: Any) -> None:
+        """Forgets the key's execution in all processes. In this one it is forgotten already.
 
         Blocks until the backend has done it, for its own timeout at the most; on the thread of a
         running event loop it does not wait.
         """
-        done = self.backend.forget(self.name(key))
+        name = self.name(key)
+        done = self.backend.forget(name)
         try:
             if done.done() or asyncio._get_running_loop() is None:
                 done.result()
         except BackendError as error:
             self.complain("fallbacks", error)
+        # Who came here meanwhile may follow what the backend has forgotten only now, or what ended
+        # before it was found. Whoever comes to lead instead looks whether it was forgotten, and if
+        # it has looked before, that is seen here.
+        for seat, turns in self._known(shard, h, name):
+            if not _leads(turns):
+                shard.forget_seat(h, seat)
+                if _leads(turns):
+                    self.backend.forget(name, turns[-1].result())
+
+    def _known(self, shard: Shard, h: int, name: bytes) -> list[tuple[Seat, list[Turn]]]:
+        """The seats for a key that ask the backend, or have asked it, with their turns."""
+        if not self._abroad:
+            return []
+        return [
+            (seat, known[1])
+            for seat in shard.holders(h)
+            if (known := self._abroad.get(id(seat))) is not None and known[0] == name
+        ]
 
     # -- one key ----------------------------------------------------------------------------------
 
@@ -286,7 +308,7 @@ class Tier:
             if isinstance(turn, Outcome):
                 shard.share(h, seat)
                 return _read(turn, seat)  # type: ignore[no-any-return]
-            self._lead(shard, seat)
+            self._lead(shard, seat, turn)
             before = token.set(turn.token)
             try:
                 value = fn()
@@ -322,7 +344,7 @@ class Tier:
                 shard.share(h, seat)
                 return _read(turn, seat)  # type: ignore[no-any-return]
             if turn is not None:
-                self._lead(shard, seat)
+                self._lead(shard, seat, turn)
                 token.set(turn.token)
             try:
                 awaitable = fn()
@@ -351,11 +373,11 @@ class Tier:
             here: Whether the caller's thread may block.
         """
         name = self.name(seat[0])
+        self._enter(seat, name, asked)
         reject = 0
         for _ in range(ATTEMPTS):
             (turn,) = self.backend.join([(name, reject)], here)
             asked.append(turn)
-            self._enter(seat, name, turn)
             yield [turn]
             won = self._won(turn)
             if not isinstance(won, Sealed):
@@ -363,15 +385,16 @@ class Tier:
             reject = won.token  # it can not be read
         return None
 
-    def _lead(self, shard: Shard, seat: Seat) -> None:
+    def _lead(self, shard: Shard, seat: Seat, lead: Lead) -> None:
         """This process leads for the key of `seat`, and it is about to run the function.
 
         If it was forgotten here while the backend was asked, then who comes now starts anew, and
-        shall not find it at the backend: the function itself may come.
+        shall not find it at the backend: the function itself may come. By now another process may
+        lead anew, which is not to be forgotten.
         """
         record = shard.record(seat)
         if record is not None and not record.joinable and record.end is None:
-            self.backend.forget(self.name(seat[0]))
+            self.backend.forget(self.name(seat[0]), lead)
 
     def _won(self, turn: Turn) -> Lead | Outcome | Sealed | None:
         """What has come of a turn. `Sealed`: it can not be read, and has to be asked for anew."""
@@ -434,28 +457,33 @@ class Tier:
             return 0
         return followers
 
-    def turn_of(self, seat: Seat) -> Turn | None:
-        """The last turn that was asked for, for `seat`."""
+    def asked_for(self, seat: Seat) -> list[Turn] | None:
+        """The turns that the leader of `seat` has asked for."""
         known = self._abroad.get(id(seat))
         return None if known is None else known[1]
 
-    def lose(self, seat: Seat, turn: Turn) -> None:
+    def lose(self, seat: Seat, asked: list[Turn]) -> None:
         """The leader of `seat` is lost, and does not know: its event loop was closed under it."""
-        self._leave(seat, [turn], None)
-        turn.leave()
+        self._leave(seat, asked, None)
+        for turn in asked:
+            turn.leave()
 
-    def _enter(self, seat: Seat, name: bytes, turn: Turn) -> None:
+    def _enter(self, seat: Seat, name: bytes, asked: list[Turn]) -> None:
         with self._lock:
-            self._abroad[id(seat)] = (name, turn)
+            self._abroad[id(seat)] = (name, asked)
 
-    def _leave(self, seat: Seat, asked: Sequence[Turn], turn: Lead | Outcome | None) -> None:
+    def _leave(self, seat: Seat, asked: list[Turn], turn: Lead | Outcome | None) -> None:
         """A call is over here, whichever way; it had asked for these turns."""
         with self._lock:
-            if any(self.turn_of(seat) is mine for mine in asked):
+            if self.asked_for(seat) is asked:
                 del self._abroad[id(seat)]
         if isinstance(turn, Lead) and not turn.ended:
             turn.ended = True
             self.backend.give_up(turn)
+
+
+def _leads(turns: Sequence[Turn]) -> bool:
+    return bool(turns) and turns[-1].leads()
 
 
 def _read(outcome: Outcome, seat: Seat) -> Any:
@@ -613,18 +641,20 @@ class Party:
         self._members = members
         #: The keys that are not decided, with their turns.
         self._turns: dict[Any, Turn] = {}
-        #: The last turn of each.
-        self._asked: dict[Any, Turn] = {}
+        #: All turns of each.
+        self._asked: dict[Any, list[Turn]] = {member: [] for member in members}
         #: What this process leads.
         self._leads: dict[Any, Lead] = {}
 
     def _join(self, members: Sequence[Any], rejected: Sequence[int]) -> None:
         tier = self._tier
         names = [tier.name(member.key) for member in members]
+        for member, name in zip(members, names, strict=True):
+            tier._enter(member.seat, name, self._asked[member])
         turns = tier.backend.join(list(zip(names, rejected, strict=True)), self._here)
-        for member, name, turn in zip(members, names, turns, strict=True):
-            self._turns[member] = self._asked[member] = turn
-            tier._enter(member.seat, name, turn)
+        for member, turn in zip(members, turns, strict=True):
+            self._turns[member] = turn
+            self._asked[member].append(turn)
 
     def next(self, settle: Callable[[Any, Outcome], None]) -> Steps[list[Any]]:
         """Waits for the next keys for which the function is to run here; none: all are decided.
@@ -656,7 +686,7 @@ class Party:
                     mine.append(member)
                     if won is not None:
                         self._leads[member] = won
-                        tier._lead(member.shard, member.seat)
+                        tier._lead(member.shard, member.seat, won)
         return mine
 
     def finish(self, outcomes: dict[Any, Outcome]) -> Steps[dict[Any, Exception]]:
@@ -688,5 +718,4 @@ class Party:
             turn.leave()
         self._turns.clear()
         for member in members:
-            asked = [self._asked[member]] if member in self._asked else []
-            self._tier._leave(member.seat, asked, self._leads.pop(member, None))
+            self._tier._leave(member.seat, self._asked[member], self._leads.pop(member, None))

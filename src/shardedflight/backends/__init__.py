@@ -89,8 +89,13 @@ class Backend(Protocol):
         """Hands a lead over to another process, at once. Does not block."""
         ...
 
-    def forget(self, name: bytes) -> "Future[None]":
-        """Makes the execution of a name unjoinable, in all processes. Does not block."""
+    def forget(self, name: bytes, lead: Lead | None = None) -> "Future[None]":
+        """Makes the execution of a name unjoinable, in all processes. Does not block.
+
+        Args:
+            name: The name.
+            lead: If given, only the execution of this lead is meant, none that has replaced it.
+        """
         ...
 
 

@@ -127,10 +127,11 @@ end
 return renewed
 """
 
-#: KEYS: f, r, g without its token. ARGV: the name.
+#: KEYS: f, r, g without its token. ARGV: the name, the token of the only one that is meant, or 0.
 FORGET = """
-redis.call('DEL', KEYS[2])
 local leads = redis.call('HMGET', KEYS[1], 't', 'i')
+if ARGV[2] ~= '0' and leads[1] ~= ARGV[2] then return 0 end
+redis.call('DEL', KEYS[2])
 if not leads[1] then return 0 end
 local message = 'f' .. ARGV[1] .. leads[1] .. ':'
 redis.call('SPUBLISH', leads[2], message)

@@ -12,13 +12,14 @@ The kernel removes the file when the last of them has closed it.
 
 **A lost leader** leaves a lock that is free, and a file that can be written: who has ended well has
 made it read-only first. Its followers take the name away from the file, if it still has one, and
-begin anew: one of them leads. `forget` only takes the name away.
+begin anew: one of them leads. `forget` takes the name away, and appends a mark of its own.
 
 Descriptors that a forked child inherits would keep a lock: it closes them before anything else.
 """
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 import struct
@@ -44,8 +45,9 @@ except ImportError as error:
 
 __all__ = ["HostBackend"]
 
-#: What a file consists of: marks of followers, and at last the outcome with its token and length.
-_MARK, _OUTCOME = b"\x01", b"\x02"
+#: What a file consists of: marks of followers and of `forget`, and at last the outcome with its
+#: token and length.
+_MARK, _OUTCOME, _FORGOTTEN = b"\x01", b"\x02", b"\x01forgot\x03"
 _MARK_SIZE = 8
 _HEAD = struct.Struct(">QQ")
 
@@ -64,15 +66,17 @@ _backends: "weakref.WeakSet[HostBackend]" = weakref.WeakSet()
 class _File:
     """An open file of a key, and what tells it from a later one of the same name."""
 
-    __slots__ = ("_identity", "_owner", "fd", "path")
+    __slots__ = ("_identity", "_owner", "fd", "lost", "path")
 
-    def __init__(self, path: str, append: int = os.O_APPEND) -> None:
+    def __init__(self, path: str, flags: int = os.O_CREAT | os.O_APPEND) -> None:
         self.path = path
         with _forking:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | append | os.O_NOFOLLOW, 0o600)
+            self.fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
             _held.add(self.fd)
         self._owner = os.getpid()
         self._identity = _identity(os.fstat(self.fd))
+        #: Its leader, of this process, has ended without an outcome.
+        self.lost = False
 
     def try_lock(self) -> bool:
         """Locks the file if nobody has."""
@@ -89,11 +93,35 @@ class _File:
         except FileNotFoundError:
             return False
 
-    def unname(self) -> None:
-        """Takes its name away. Under the file's lock, so that it is not a later file's."""
-        if self.named():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+    def read(self) -> tuple[set[bytes], bytes]:
+        """The marks that it has, and what follows them."""
+        data = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+        marks: set[bytes] = set()
+        start = 0
+        while data.startswith(_MARK, start):
+            marks.add(data[start : start + _MARK_SIZE])
+            start += _MARK_SIZE
+        return marks, data[start:]
+
+    def forget(self) -> None:
+        """Others shall not find it any more, and who has found it shall know why."""
+        if self.unname():  # first: what can be found is not forgotten
+            os.write(self.fd, _FORGOTTEN)
+
+    def over(self) -> bool:
+        """Whether it was forgotten, or has an outcome."""
+        marks, outcome = self.read()
+        return _FORGOTTEN in marks or bool(outcome)
+
+    def unname(self) -> bool:
+        """Takes its name away, if it has it. Under the file's lock, or it may be a later file's."""
+        if not self.named():
+            return False
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def close(self, unlock: bool = True) -> None:
         """Closes it, once, and in the process that has opened it."""
@@ -116,18 +144,32 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 class _HostLead(Lead):
-    __slots__ = ("file",)
+    __slots__ = ("_ends", "file")
 
     def __init__(self, file: _File, token: int, inherited: bool) -> None:
         super().__init__(token, inherited)
         self.file = file
+        self._ends = itertools.count()
+
+    def end(self) -> bool:
+        """Whether the caller is to end it. A caller that leaves may give up what is ending.
+
+        Two that take a file's name away could take that of the next one, between the look and the
+        deed.
+        """
+        return next(self._ends) == 0 and self.file.ours()
 
     def __del__(self) -> None:
-        file: _File | None = getattr(self, "file", None)
-        if file is not None and file.ours():  # the flight has lost it
-            with contextlib.suppress(OSError):
-                file.unname()
-            file.close()
+        if hasattr(self, "_ends") and self.end():  # the flight has lost it
+            _drop(self.file)
+
+
+def _drop(file: _File) -> None:
+    """Ends a lead without an outcome."""
+    file.lost = True
+    with contextlib.suppress(OSError):
+        file.unname()
+    file.close()
 
 
 class _HostTurn(Turn):
@@ -144,8 +186,15 @@ class _HostTurn(Turn):
 
     def joinable(self) -> bool:
         file = self.file
-        # Closed once the leader has ended: a forget that comes then finds nothing to forget.
-        return file is None or (file.fd >= 0 and file.named())
+        if file is None:
+            return True
+        try:
+            # Who waits for a leader that was lost, or that has not seen its mark, begins anew: that
+            # can be joined. Where there is an outcome, a forget finds nothing to mark.
+            joinable = file.lost or (file.fd >= 0 and (file.named() or not file.over()))
+        except OSError:  # closed meanwhile
+            joinable = False
+        return joinable or self.file is not file
 
 
 class _Watch:
@@ -232,13 +281,22 @@ class HostBackend(Wire):
     def give_up(self, lead: Lead) -> None:
         """See `Backend.give_up`. What it does to the directory takes no longer than `stat`."""
         assert isinstance(lead, _HostLead)
-        self._drop(lead.file)
+        if lead.end():
+            _drop(lead.file)
 
-    def forget(self, name: bytes) -> "Future[None]":
+    def forget(self, name: bytes, lead: Lead | None = None) -> "Future[None]":
         """See `Backend.forget`. It is done at once."""
         done: Future[None] = Future()
         try:
-            os.unlink(self._path(name))
+            if lead is None:
+                file = _File(self._path(name), os.O_APPEND)
+                try:
+                    file.forget()
+                finally:
+                    file.close()
+            else:
+                assert isinstance(lead, _HostLead)
+                lead.file.forget()
         except FileNotFoundError:
             done.set_result(None)
         except OSError as error:
@@ -276,10 +334,8 @@ class HostBackend(Wire):
             while not turn.cancelled() and not self._attach(turn):
                 file = _File(self._path(turn.name))
                 try:
-                    if not file.try_lock():
-                        self._follow(turn, file)
-                        return
-                    if self._lead(turn, file):
+                    locked = file.try_lock()
+                    if self._lead(turn, file) if locked else self._follow(turn, file):
                         return
                 except BaseException:
                     file.close()
@@ -298,7 +354,7 @@ class HostBackend(Wire):
         lead = _HostLead(file, self._next_token(), turn.lost)
         turn.file = file
         if not turn.settle(lead):
-            self._drop(file)
+            self.give_up(lead)
         return True
 
     def _next_token(self) -> int:
@@ -307,7 +363,7 @@ class HostBackend(Wire):
         It is written over the last one, all digits of it: ext4 takes a file that was emptied and
         written for one that has to be on the disk when it is closed, which takes milliseconds.
         """
-        file = _File(f"{self.directory}/token", append=0)
+        file = _File(f"{self.directory}/token", os.O_CREAT)
         try:
             fcntl.flock(file.fd, fcntl.LOCK_EX)
             last = os.pread(file.fd, 32, 0)
@@ -329,8 +385,10 @@ class HostBackend(Wire):
             watch.turns.append(turn)
             return True
 
-    def _follow(self, turn: _HostTurn, file: _File) -> None:
-        """Follows who has locked the file."""
+    def _follow(self, turn: _HostTurn, file: _File) -> bool:
+        """Follows who has locked the file. False if it was forgotten."""
+        if _FORGOTTEN in file.read()[0]:
+            return False
         os.write(file.fd, self._mark)
         watch = _Watch(turn.name, file)
         turn.file = file
@@ -344,6 +402,7 @@ class HostBackend(Wire):
         except RuntimeError as error:  # no more threads
             self._unwatch(watch)
             raise OSError(errno.EAGAIN, str(error)) from error
+        return True
 
     def _unwatch(self, watch: _Watch) -> list[_HostTurn]:
         with self._lock:
@@ -358,7 +417,7 @@ class HostBackend(Wire):
         try:
             fcntl.flock(file.fd, fcntl.LOCK_SH)
             turns = self._unwatch(watch)
-            sealed = _read_outcome(file.fd)
+            sealed = _read_outcome(file)
             lost = sealed is None and os.fstat(file.fd).st_mode & 0o777 != _ENDED
             if sealed is None:  # they begin anew
                 for turn in turns:
@@ -401,26 +460,19 @@ class HostBackend(Wire):
 
     def _finish(self, lead: _HostLead, payload: bytes) -> int:
         file = lead.file
-        if not file.ours():  # a forked child ends what its parent leads
+        if not lead.end():  # given up; or a forked child ends what its parent leads
             return 0
         try:
             file.unname()
             os.fchmod(file.fd, _ENDED)
-            marks = os.pread(file.fd, os.fstat(file.fd).st_size, 0)
+            marks = file.read()[0] - {_FORGOTTEN}
             if not marks:
                 return 0
             record = b"".join((_OUTCOME, _HEAD.pack(lead.token, len(payload)), payload))
             if os.write(file.fd, record) != len(record):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return len({marks[i : i + _MARK_SIZE] for i in range(0, len(marks), _MARK_SIZE)})
+            return len(marks)
         finally:
-            file.close()
-
-    def _drop(self, file: _File) -> None:
-        """Ends a lead without an outcome."""
-        if file.ours():
-            with contextlib.suppress(OSError):
-                file.unname()
             file.close()
 
     def _sweep(self) -> None:
@@ -442,16 +494,13 @@ def _entries(directory: str) -> Iterator[str]:
         yield from [entry.name for entry in entries]
 
 
-def _read_outcome(fd: int) -> Sealed | None:
+def _read_outcome(file: _File) -> Sealed | None:
     """The outcome in a file, if it is there and whole."""
-    data = os.pread(fd, os.fstat(fd).st_size, 0)
-    start = 0
-    while data.startswith(_MARK, start):
-        start += _MARK_SIZE
-    if not data.startswith(_OUTCOME, start) or len(data) < start + 1 + _HEAD.size:
+    _, data = file.read()
+    if not data.startswith(_OUTCOME) or len(data) < 1 + _HEAD.size:
         return None
-    token, length = _HEAD.unpack_from(data, start + 1)
-    payload = data[start + 1 + _HEAD.size :][:length]
+    token, length = _HEAD.unpack_from(data, 1)
+    payload = data[1 + _HEAD.size :][:length]
     return Sealed(token, payload) if len(payload) == length else None
 
 

@@ -587,10 +587,11 @@ class RedisBackend(Wire):
             self._drop_lead(lead)
             self._give(lead.name, lead.token)
 
-    def forget(self, name: bytes) -> "Future[None]":
+    def forget(self, name: bytes, lead: Lead | None = None) -> "Future[None]":
         """See `Backend.forget`. Other processes have it a moment later than this one."""
         f, r, g = self._keys(name, "f", "r", "g")
-        request = _Request(_FORGET, self._shard(name), [f, r, f"{g}:"], [name])
+        token = 0 if lead is None else lead.token
+        request = _Request(_FORGET, self._shard(name), [f, r, f"{g}:"], [name, token])
         self._submit([request])
         self.wake()
         return request
