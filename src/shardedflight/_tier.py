@@ -26,7 +26,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ._core import End, Seat, Shard, not_awaitable, public_key
 from ._lock import SteadyLock
@@ -130,16 +130,18 @@ class Turn(Future["Lead | Sealed"]):
         """Whether no process has forgotten the execution. Called on any thread; does not block."""
         raise NotImplementedError
 
-    def leads(self) -> bool:
-        """Whether this process leads."""
+    def lead(self) -> Lead | None:
+        """What this process leads by now."""
         if not self.done() or self.cancelled() or self.exception() is not None:
-            return False
-        return isinstance(self.result(), Lead)
+            return None
+        won = self.result()
+        return won if isinstance(won, Lead) else None
 
     def leave(self) -> None:
         """The caller goes; a lead that has come meanwhile is handed over."""
-        if not self.cancel() and self.leads():
-            self._backend.give_up(cast("Lead", self.result()))
+        lead = None if self.cancel() else self.lead()
+        if lead is not None:
+            self._backend.give_up(lead)
 
     def settle(self, won: "Lead | Sealed") -> bool:
         """Ends the wait. False if the caller has left: a lead is its maker's to give up then."""
@@ -265,10 +267,11 @@ class Tier:
         # before it was found. Whoever comes to lead instead looks whether it was forgotten, and if
         # it has looked before, that is seen here.
         for seat, turns in self._known(shard, h, name):
-            if not _leads(turns):
+            if _lead_of(turns) is None:
                 shard.forget_seat(h, seat)
-                if _leads(turns):
-                    self.backend.forget(name, turns[-1].result())
+                lead = _lead_of(turns)
+                if lead is not None:
+                    self.backend.forget(name, lead)
 
     def _known(self, shard: Shard, h: int, name: bytes) -> list[tuple[Seat, list[Turn]]]:
         """The seats for a key that ask the backend, or have asked it, with their turns."""
@@ -482,8 +485,8 @@ class Tier:
             self.backend.give_up(turn)
 
 
-def _leads(turns: Sequence[Turn]) -> bool:
-    return bool(turns) and turns[-1].leads()
+def _lead_of(turns: Sequence[Turn]) -> Lead | None:
+    return turns[-1].lead() if turns else None
 
 
 def _read(outcome: Outcome, seat: Seat) -> Any:
