@@ -476,7 +476,13 @@ def _overlap_abroad(
     """
     for call in calls:
         if call.begun > settled and not any(
-            other.begun <= settled and (other.ended is None or other.ended >= call.begun)
+            # One who has left may lead on, for those who wait.
+            other.begun <= settled
+            and (
+                other.outcome in (Outcome.LEFT, Outcome.CLOSED)
+                or other.ended is None
+                or other.ended >= call.begun
+            )
             for other in checked.by_key[call.key]
             if other.process == call.process
         ):
@@ -523,8 +529,7 @@ def _one(
             for other in running
             if (other.ended is None or other.ended > now) and not _given_up(checked, other, now)
         ]
-        if not _outrun(checked, execution):
-            running.append(execution)
+        running.append(execution)
         # One may be joinable: it is best for the product that it is the one that came last.
         came = sorted((other.invoked for other in running), reverse=True)[1:]
         if not came:
@@ -559,31 +564,6 @@ def _given_up(checked: _Checked, execution: Execution, now: int) -> bool:
         and leader.leaving is not None
         and leader.leaving <= now
         and not checked.served.get(execution.number)
-    )
-
-
-def _outrun(checked: _Checked, execution: Execution) -> bool:
-    """Whether it may run beside others: who was to hand on another process's outcome has left.
-
-    What has ended in another process is joined no more, whether its outcome is here yet or not.
-    Those who had joined then take over and begin anew, for themselves alone.
-    """
-    if not checked.abroad:
-        return False
-    arriving = [
-        other.begun
-        for other in checked.executions_by_key[execution.key]
-        if other.ended is not None
-        and other.ended < execution.begun
-        and (checked.called[other.call].ended or execution.begun) > execution.invoked
-    ]
-    return bool(arriving) and any(
-        call.outcome not in SERVED
-        and call.process == execution.process
-        and call.begun < execution.begun
-        # One whose loop was closed leads until that is noticed.
-        and (call.outcome is Outcome.CLOSED or (call.ended or execution.begun) > min(arriving))
-        for call in checked.by_key[execution.key]
     )
 
 

@@ -354,6 +354,10 @@ def test_nobody_joins_what_was_settled_before_its_process_came() -> None:
     first, second, follower, _ = two_processes()
     follower.begun = 21
     assert first.rules(second) == ["overlap"]
+    leader = second.call(19, 20)
+    assert first.rules(second) == ["answered", "overlap"]
+    second.leave(leader)  # and leads on
+    assert first.rules(second) == []
 
 
 def test_a_forget_holds_in_all_processes() -> None:
@@ -389,20 +393,6 @@ def test_a_forget_is_good_for_all_who_ask_the_backend_then() -> None:
     assert scripts[0].rules(*scripts[1:]) == []
     scripts[2].history.forgets[0].ended = -1
     assert scripts[0].rules(*scripts[1:]) == ["one"]
-
-
-def test_who_takes_over_from_one_that_has_left_with_an_outcome_begins_anew() -> None:
-    """Other processes do not see that, nor does who comes to its own."""
-    first, second = Script(1, plain=True), Script(2, plain=True)
-    leader = first.call(0, 20)
-    first.serve(first.run(leader, 1, 15), leader, shared=True)
-    follower, heir, newcomer = second.call(2, 18), second.call(3, 40), second.call(22, 40)
-    second.leave(follower)
-    for call in (heir, newcomer):
-        second.serve(second.run(call, 23, 35), call)
-    assert first.rules(second) == []
-    follower.ended = 1  # before there was an outcome
-    assert first.rules(second) == ["one"]
 
 
 def test_a_history_goes_to_another_process() -> None:

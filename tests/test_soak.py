@@ -22,10 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.skipif(os.name == "nt", reason="it forks, and asks /proc")
-def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [["1", "--moods", "exact,rough,observed"], ["2", "--moods", "host"]],
+    ids=["one process", "over a backend"],
+)
+def test_a_short_soak_finds_nothing(tmp_path: Path, options: list[str]) -> None:
     figures = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "proof.soak", "--seconds", "3", "--processes", "1"]
-    command += ["--moods", "exact,rough,observed", "--window", "0.3", "--json", str(figures)]
+    command = [sys.executable, "-m", "proof.soak", "--seconds", "3", "--window", "0.3"]
+    command += ["--json", str(figures), "--processes", *options]
     done = subprocess.run(
         command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100
     )

@@ -138,8 +138,8 @@ PLANTS = (
         waiting.Sleeper,
         "wake",
         {
-            ("    self.news.append((execution, False))\n    self._ring()"): (
-                "    self._ring()\n    self.news.append((execution, False))"
+            ("    self.news.append((execution, False))\n    self.ring()"): (
+                "    self.ring()\n    self.news.append((execution, False))"
             ),
         },
     ),
@@ -218,7 +218,7 @@ PLANTS = (
         flight.ShardedFlight,
         "_follow",
         {
-            "                    sleeper.sleep()\n": "",
+            "                    sleeper.wait()\n": "",
         },
     ),
     Plant(

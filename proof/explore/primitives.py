@@ -14,6 +14,7 @@ from typing import Any
 import shardedflight._core as core
 import shardedflight._deadlock as deadlock
 import shardedflight._flight as flight
+import shardedflight._lock as lock
 import shardedflight._waiting as waiting
 
 from .scheduler import Actor, Scheduler, here, running
@@ -44,7 +45,7 @@ class Lock:
 
 
 class Bell:
-    """In place of the plain lock that a `Sleeper` sleeps on."""
+    """In place of the plain lock that a `_lock.Bell` is made of."""
 
     def __init__(self) -> None:
         self.taken = False
@@ -159,7 +160,7 @@ def install() -> None:
         (core, "SteadyLock", Lock),
         (core, "start_new_thread", _start_new_thread),
         (flight, "start_new_thread", _start_new_thread),
-        (waiting, "allocate_lock", Bell),
+        (lock, "allocate_lock", Bell),
         (waiting, "start_new_thread", _start_new_thread),
         (deadlock, "thread_time", lambda: 0.0),
         (futures_base, "threading", futures_threading),

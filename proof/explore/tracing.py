@@ -23,7 +23,7 @@ _PACKAGE = Path(shardedflight.__file__).parent
 #: Left out: what makes replicas of errors, and what tells observers. They share no state.
 _FILES = {
     str(_PACKAGE / f"{name}.py")
-    for name in ("_core", "_deadlock", "_flight", "_future", "_many", "_waiting")
+    for name in ("_core", "_deadlock", "_flight", "_future", "_lock", "_many", "_waiting")
 }
 
 #: Instructions that touch the function's own variables and stack alone.

@@ -34,6 +34,10 @@ _MOODS = {
     "redis": Mood("redis", leaving=True, meets=True),
 }
 
+#: Where processes meet, what is forgotten on its way to somebody may run once more than it has to.
+#: Of so many executions one may.
+_TWICE = 1 / 1_000
+
 _DESCRIPTION = """\
 Calls every method of a flight at once, at random, from threads, several event loops and several
 processes, with failures, lost leaders, cancellations, timeouts, forgets, event loops closed under
@@ -113,6 +117,8 @@ class Soak:
         self.directory = directory
         self.host = directory / "host"
         self.totals: Counter[str] = Counter()
+        #: Executions in windows in which processes meet.
+        self.met = 0
         self.outcomes: Counter[str] = Counter()
         self.used: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -202,6 +208,10 @@ class Soak:
         troubles = ("fenced", "fallbacks", "misses")
         apart = any(answer["used"][what] for answer in answers for what in troubles)
         violations: list[Violation] = check(*histories, apart=apart)
+        twice = [violation for violation in violations if violation.rule == "one"]
+        self.totals["twice"] += len(twice)
+        self.met += sum(answer["executions"] for answer in answers)
+        violations = [violation for violation in violations if violation.rule != "one"]
         self.totals["violations"] += len(violations)
         for violation in violations[:5]:
             self._fault(f"window {number}, {name}: {violation}")
@@ -229,6 +239,10 @@ class Soak:
             self.totals["left"] += len(left)
             for file in left[:5]:
                 self._fault(f"left in the directory of the backend: {file}")
+        if self.totals["twice"] > max(5, self.met * _TWICE):
+            self._fault(
+                f"{self.totals['twice']} of {self.met} executions ran beside others of their key"
+            )
         for number, censuses in enumerate(self.censuses):
             self._grown(number, censuses)
 
@@ -266,7 +280,7 @@ class Soak:
     def figures(self) -> dict[str, Any]:
         """What is printed at the end."""
         names = ("windows", "calls", "executions", "forgets", "forks", "promotions", "abandoned")
-        names = (*names, "deadlocks", "hung", "violations", "miscounted", "left", "leaked")
+        names = (*names, "deadlocks", "hung", "violations", "twice", "miscounted", "left", "leaked")
         found: dict[str, Any] = {
             "python": self.python,
             "seed": self.options.seed,

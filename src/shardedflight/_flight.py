@@ -241,7 +241,7 @@ class ShardedFlight(Core):
                     record.seat.join(sleeper)
                 begin_wait(shard, (record,))
                 try:
-                    if not sleeper.sleep(timeout):
+                    if not sleeper.wait(timeout):
                         if self._leave(shard, record, sleeper):
                             shard.count_timeout()
                             if isinstance(record.seat, WatchedSeat):
@@ -249,7 +249,7 @@ class ShardedFlight(Core):
                             raise FlightTimeout(
                                 f"waited {timeout} s for the execution of {record.key!r}"
                             )
-                        sleeper.sleep()
+                        sleeper.wait()
                 finally:
                     end_wait()
                 promoted = sleeper.news[0][1]

@@ -1,9 +1,39 @@
-"""The lock of everything that is decided in more than one step."""
+"""The lock of everything that is decided in more than one step, and what a thread sleeps on.
 
-from _thread import RLock
+Both can be used by a signal handler, or by a destructor that the garbage collector calls, in the
+midst of their own use by the same thread. Locks, events and conditions of `threading` can not.
+"""
+
+import contextlib
+import threading
+from _thread import RLock, allocate_lock
 from typing import Any, cast
 
-__all__ = ["SteadyLock"]
+__all__ = ["Bell", "SteadyLock"]
+
+
+class Bell:
+    """Any thread may ring it, for one that waits, or will.
+
+    It is a lock that is held while it is silent.
+    """
+
+    __slots__ = ("_silent",)
+
+    def __init__(self) -> None:
+        self._silent = allocate_lock()
+        self._silent.acquire()
+
+    def ring(self) -> None:
+        """Whoever waits goes on. To ring twice before that is to ring once."""
+        with contextlib.suppress(RuntimeError):  # it rings already
+            self._silent.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Returns when it has rung, and silences it; False if `timeout` seconds have passed."""
+        if timeout is None:
+            return self._silent.acquire()
+        return self._silent.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
 
 # typeshed has RLock final; CPython has not.

@@ -265,7 +265,7 @@ def do_many(
         while batch.joined:
             begin_wait(batch.items[0].shard, tuple(batch.joined))
             try:
-                sleeper.sleep()
+                sleeper.wait()
             finally:
                 end_wait()
             promoted = batch.hear(sleeper)

@@ -9,13 +9,13 @@ can be repeated when a signal handler has interrupted it.
 
 import asyncio
 import contextlib
-import threading
-from _thread import allocate_lock, start_new_thread
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from typing import Any, Final, cast
 
 from ._core import End, Execution, Run
+from ._lock import Bell
 
 __all__ = [
     "TAKE_OVER",
@@ -54,40 +54,25 @@ class Waiter:
         raise NotImplementedError
 
 
-class Sleeper(Waiter):
-    """A thread that waits for one execution or more.
+class Sleeper(Bell, Waiter):
+    """A thread that waits for one execution or more. Whoever has news appends it, and rings."""
 
-    The lock is a bell: held while there is no news. Whoever has news appends it and releases.
-    """
-
-    __slots__ = ("_bell", "news", "thread")
+    __slots__ = ("news", "thread")
 
     def __init__(self) -> None:
+        Bell.__init__(self)
         self.thread = get_ident()
         #: What has happened: the executions, and whether they are now led by this thread.
         self.news: list[tuple[Execution, bool]] = []
-        self._bell = allocate_lock()
-        self._bell.acquire()
 
     def wake(self, execution: Execution) -> None:
         self.news.append((execution, False))
-        self._ring()
+        self.ring()
 
     def take_over(self, execution: Execution) -> bool:
         self.news.append((execution, True))
-        self._ring()
+        self.ring()
         return True
-
-    def _ring(self) -> None:
-        # Two that ring at once: the second finds the bell free, and its news is read anyway.
-        with contextlib.suppress(RuntimeError):
-            self._bell.release()
-
-    def sleep(self, timeout: float | None = None) -> bool:
-        """Returns when there may be news; False if `timeout` seconds have passed before."""
-        if timeout is None:
-            return self._bell.acquire()
-        return self._bell.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
 
 class Inbox(Waiter):

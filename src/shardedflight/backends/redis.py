@@ -50,7 +50,7 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from shardedflight._lock import SteadyLock
+from shardedflight._lock import Bell, SteadyLock
 from shardedflight._tier import Lead, Sealed, Turn
 from shardedflight.exceptions import BackendError
 
@@ -510,7 +510,7 @@ class RedisBackend(Wire):
         self._serial = itertools.count()
         #: What the keeper is to do.
         self._tasks: deque[Callable[[], None]] = deque()
-        self._bell = threading.Event()
+        self._bell = Bell()
         self._keeper: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -521,7 +521,7 @@ class RedisBackend(Wire):
         with self._lock:
             self._closed = True
             nodes = list(self._nodes.values())
-        self._bell.set()
+        self._bell.ring()
         keeper = self._keeper
         if keeper is not None and keeper is not threading.current_thread():
             keeper.join()
@@ -890,7 +890,7 @@ class RedisBackend(Wire):
         """Has the keeper look what there is to do."""
         if self._keeper is None:
             self._start_keeper()
-        self._bell.set()
+        self._bell.ring()
 
     def _start_keeper(self) -> None:
         with self._lock:
@@ -910,7 +910,7 @@ class RedisBackend(Wire):
                 self._beat()
             broken = [node for node in list(self._nodes.values()) if node.broken is not None]
             self._bark(now)
-            self._bell.clear()
+            self._bell.wait(0)  # what it has rung for is seen to now
             self._do_tasks()
             self._help()
             if self._closed:
