@@ -87,6 +87,40 @@ def test_cython_is_not_imported_where_it_is_installed(pure: str) -> None:
     assert said_by(code, SHARDEDFLIGHT_PURE=pure) == []
 
 
+@needs_both
+@pytest.mark.parametrize("imported", [True, False], ids=["imported", "not imported"])
+@pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "as mod_wsgi's"])
+def test_one_interpreter_of_a_process_has_the_compiled_core(imported: bool, isolated: bool) -> None:
+    """The first one that can load what Cython makes: the others have the plain core."""
+    code = f"""
+import tempfile
+try:
+    import _interpreters as interpreters
+    made = interpreters.create("isolated" if {isolated} else "legacy")
+except ImportError:
+    import _xxsubinterpreters as interpreters
+    made = interpreters.create(isolated={isolated})
+if {imported}:
+    import shardedflight
+with tempfile.NamedTemporaryFile("r+") as said:
+    failed = interpreters.run_string(made, '''
+import json, sys
+sys.path[:] = {{0!r}}
+from shardedflight import ShardedFlight, __compiled__
+with open({{1!r}}, "w") as file:
+    json.dump([__compiled__, ShardedFlight().do(lambda: "value", "k")], file)
+'''.format(sys.path, said.name))
+    assert failed is None, failed
+    found = json.load(said)
+import shardedflight
+interpreters.destroy(made)
+print(json.dumps([shardedflight.__compiled__, *found]))
+"""
+    here, there, outcome = said_by(code)
+    assert (here, there) == (True, False) or (not imported and (here, there) == (False, True))
+    assert outcome == ["value", False]
+
+
 @pytest.mark.skipif(not FREE_THREADED, reason="this interpreter has its GIL for good")
 @pytest.mark.parametrize("pure", ["", "1"])
 def test_importing_the_package_leaves_the_gil_off(pure: str) -> None:
