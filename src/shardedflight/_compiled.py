@@ -3,10 +3,10 @@
 Python prefers an extension module to a file of the same name. `SHARDEDFLIGHT_PURE` in the
 environment, set to anything but `0`, asks for the file. So does a process whose threads are
 greenlets (gevent, eventlet): who leads is known by the thread's ident, which the compiled core asks
-C for, and only the patched `threading` knows those of greenlets. And so does a further interpreter of
-the process, such as mod_wsgi runs applications in: what Cython makes is for one of them.
-This is decided once, when the package is first imported, so this module has to be imported before
-any that needs the core.
+C for, and only the patched `threading` knows those of greenlets. And so does a further interpreter
+of the process, such as mod_wsgi runs applications in: what Cython makes is for one of them. This is
+decided once, when the package is first imported, so this module has to be imported before any that
+needs the core.
 """
 
 import os
