@@ -26,8 +26,9 @@ class Bell:
 
     def ring(self) -> None:
         """Whoever waits goes on. To ring twice before that is to ring once."""
-        with contextlib.suppress(RuntimeError):  # it rings already
-            self._silent.release()
+        if self._silent.locked():
+            with contextlib.suppress(RuntimeError):  # another one has rung meanwhile
+                self._silent.release()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Returns when it has rung, and silences it; False if `timeout` seconds have passed."""
