@@ -115,7 +115,7 @@ class _Request(Future[Any]):
         return b"".join(packed)
 
     def answer(self, reply: Any) -> None:
-        try:  # noqa: SIM105 - for each reply; `suppress` takes longer
+        try:  # for each reply: `suppress` takes longer
             self.set_result(reply)
         except InvalidStateError:
             pass
