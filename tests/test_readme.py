@@ -274,7 +274,7 @@ def test_the_figures_are_of_the_benchmark_as_it_is() -> None:
     pytest.importorskip("rich", reason="the extra `bench` is not installed")
     from shardedflight.bench.benchmarks import benchmarks
 
-    measured = {benchmark.what for benchmark in benchmarks(quick=True)}
+    measured = {benchmark.what for benchmark in benchmarks(quick=False)}
     measured.add("`do`, leader, calls per second of all threads together")
     for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
         tables = re.findall(
