@@ -66,6 +66,8 @@ def test_an_outcome_that_is_on_its_way_is_not_joined_after_a_forget(
     leader.runs()
     follower = spawn(flight.do, lambda: "not run", "k")
     eventually(lambda: marks(directory) == 1)
+    tier: Any = flight._tier
+    eventually(lambda: any(turns for _, turns in tier._abroad.values()))  # it knows whom it follows
     told, tell = threading.Event(), threading.Event()
     real = Turn.settle
 

@@ -57,6 +57,10 @@ class Bell:
         self.taken = True
         return True
 
+    def locked(self) -> bool:
+        """As a lock's."""
+        return self.taken
+
     def release(self) -> None:
         """As a lock's."""
         if not self.taken:
