@@ -4,9 +4,9 @@ Python prefers an extension module to a file of the same name. `SHARDEDFLIGHT_PU
 environment, set to anything but `0`, asks for the file. So does a process whose threads are
 greenlets (gevent, eventlet): who leads is known by the thread's ident, which the compiled core asks
 C for, and only the patched `threading` knows those of greenlets. And so does a subinterpreter, such
-as mod_wsgi runs applications in: what Cython makes is for one interpreter of a process, and if that
-one ends before the others, CPython 3.12 crashes. This is decided once, when the package is first
-imported, so this module has to be imported before any that needs the core.
+as mod_wsgi runs applications in: what Cython makes is for one interpreter of a process, and that is
+the main one. This is decided once, when the package is first imported, so this module has to be
+imported before any that needs the core.
 """
 
 import contextlib
