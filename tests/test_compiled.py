@@ -90,8 +90,8 @@ def test_cython_is_not_imported_where_it_is_installed(pure: str) -> None:
 @needs_both
 @pytest.mark.parametrize("imported", [True, False], ids=["imported", "not imported"])
 @pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "as mod_wsgi's"])
-def test_the_main_interpreter_alone_has_the_compiled_core(imported: bool, isolated: bool) -> None:
-    """What Cython makes is for one interpreter of a process. The others have the plain core."""
+def test_one_interpreter_of_a_process_has_the_compiled_core(imported: bool, isolated: bool) -> None:
+    """The first one that can load what Cython makes: the others have the plain core."""
     if isolated and not imported and sys.version_info[:2] == (3, 12):
         pytest.skip("CPython 3.12.1 crashes if such a one has imported asyncio first")
     code = f"""
@@ -118,7 +118,9 @@ import shardedflight
 interpreters.destroy(made)
 print(json.dumps([shardedflight.__compiled__, *found]))
 """
-    assert said_by(code) == [True, False, ["value", False]]
+    here, there, outcome = said_by(code)
+    assert (here, there) == (True, False) or (not imported and (here, there) == (False, True))
+    assert outcome == ["value", False]
 
 
 @pytest.mark.skipif(not FREE_THREADED, reason="this interpreter has its GIL for good")

@@ -54,6 +54,11 @@ def mixed(seconds: float = 0.3) -> tuple[Mix, list[str], set[str]]:
     return mix, compare(mix, before, flight.stats()), {v.rule for v in check(history)}
 
 
+def breaks(rule: str) -> bool:
+    """Whether a rule is broken in one of some windows: in a short one nobody may meet."""
+    return any(rule in mixed()[2] for _ in range(20))
+
+
 def test_a_window_without_a_fault() -> None:
     mix, miscounted, rules = mixed()
     assert (mix.faults, miscounted, rules) == ([], [], set())
@@ -78,12 +83,12 @@ def test_an_outcome_that_is_always_called_shared_is_found(monkeypatch: pytest.Mo
         return real(*args)[0], True
 
     monkeypatch.setattr(ShardedFlight, "_lead", planted)
-    assert "shared" in mixed()[2]
+    assert breaks("shared")
 
 
 def test_an_error_that_is_handed_out_as_it_is_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Failure, "replica", lambda failure: failure._error, raising=True)
-    assert "same" in mixed()[2]
+    assert breaks("same")
 
 
 def test_a_total_that_is_not_counted_is_found(conclude: Any) -> None:

@@ -3,13 +3,12 @@
 Python prefers an extension module to a file of the same name. `SHARDEDFLIGHT_PURE` in the
 environment, set to anything but `0`, asks for the file. So does a process whose threads are
 greenlets (gevent, eventlet): who leads is known by the thread's ident, which the compiled core asks
-C for, and only the patched `threading` knows those of greenlets. And so does a subinterpreter, such
-as mod_wsgi runs applications in: what Cython makes is for one interpreter of a process, and that is
-the main one. This is decided once, when the package is first imported, so this module has to be
-imported before any that needs the core.
+C for, and only the patched `threading` knows those of greenlets. And so does a further interpreter
+of the process, such as mod_wsgi runs applications in: what Cython makes is for one of them. This is
+decided once, when the package is first imported, so this module has to be imported before any that
+needs the core.
 """
 
-import contextlib
 import os
 import sys
 import threading
@@ -28,20 +27,23 @@ _CORE = f"{_PACKAGE}._core"
 def _import_core() -> bool:
     """Imports the core that is asked for; returns whether it is compiled."""
     patched = not isinstance(threading.get_ident, BuiltinFunctionType)
-    asked = os.environ.get("SHARDEDFLIGHT_PURE", "") not in {"", "0"}
-    if patched or asked or not _is_main_interpreter():
-        found = find_spec(_CORE)
-        if found is not None and isinstance(found.loader, ExtensionFileLoader):
-            _import_file(Path(found.loader.path).with_name("_core.py"))
-    return bool(import_module(_CORE).compiled)
+    if patched or os.environ.get("SHARDEDFLIGHT_PURE", "") not in {"", "0"}:
+        _import_plain()
+    try:
+        core = import_module(_CORE)
+    except ImportError as error:
+        if "interpreter" not in str(error):
+            raise
+        _import_plain()
+        core = import_module(_CORE)
+    return bool(core.compiled)
 
 
-def _is_main_interpreter() -> bool:
-    for name in ("_interpreters", "_xxsubinterpreters"):  # CPython 3.13 and later; before
-        with contextlib.suppress(ImportError):
-            interpreters = import_module(name)
-            return bool(interpreters.get_current() == interpreters.get_main())
-    return True
+def _import_plain() -> None:
+    """Imports the plain core, if Python would import an extension."""
+    found = find_spec(_CORE)
+    if found is not None and isinstance(found.loader, ExtensionFileLoader):
+        _import_file(Path(found.loader.path).with_name("_core.py"))
 
 
 def _import_file(path: Path) -> None:

@@ -844,7 +844,7 @@ def _loop_closed() -> None:
 #: The locks that are taken before a fork and released after it, by the ident of who forks.
 _held_over_fork: dict[int, list[Any]] = {}
 #: Seconds that a fork waits for all of them, at the most.
-_FORK_WAITS = 0.5
+_FORK_WAITS = 5.0
 
 
 def _before_fork() -> None:
