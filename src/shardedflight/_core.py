@@ -329,6 +329,23 @@ class Shard:
             self._started_reads += 1
             return number + 1 - self._started_reads + self.promotions
 
+    def totals(self) -> tuple[int, int, int, int, int, int, int]:
+        """Shared, errors, promotions, timeouts, abandoned, forgotten, deadlocks.
+
+        Under the lock, to read: free-threaded, a number that another thread made may be read under
+        the object's own lock, which a child that is forked then would find held for good.
+        """
+        with self.lock:
+            return (
+                self.shared,
+                self.errors,
+                self.promotions,
+                self.timeouts,
+                self.abandoned,
+                self.forgotten,
+                self.deadlocks,
+            )
+
     def count_error(self) -> None:
         """An execution that nobody has met has ended with an exception."""
         with self.lock:
@@ -1145,7 +1162,7 @@ class Core:
         """How many executions were ever started."""
         if COMPILED:
             started = lines_started(self._memory)
-            return int(started + sum([shard.promotions for shard in self._made_shards()]))
+            return int(started + sum([shard.totals()[2] for shard in self._made_shards()]))
         return sum([shard.count_started() for shard in self._made_shards()])
 
     def _running(self) -> tuple[int, ...]:

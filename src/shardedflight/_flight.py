@@ -741,15 +741,20 @@ class ShardedFlight(Core):
         shards = self._made_shards()
         per_shard = self._running()
         tier = TierStats() if self._tier is None else self._tier.stats()
+        totals = [
+            sum(total)
+            for total in zip((0,) * 7, *[shard.totals() for shard in shards], strict=True)
+        ]
+        shared, errors, promotions, timeouts, abandoned, forgotten, deadlocks = totals
         return Stats(
             executions=self._count_started(),
-            shared=sum(shard.shared for shard in shards),
-            errors=sum(shard.errors for shard in shards),
-            promotions=sum(shard.promotions for shard in shards),
-            timeouts=sum(shard.timeouts for shard in shards),
-            abandoned=sum(shard.abandoned for shard in shards),
-            forgotten=sum(shard.forgotten for shard in shards),
-            deadlocks=sum(shard.deadlocks for shard in shards),
+            shared=shared,
+            errors=errors,
+            promotions=promotions,
+            timeouts=timeouts,
+            abandoned=abandoned,
+            forgotten=forgotten,
+            deadlocks=deadlocks,
             in_flight=sum(per_shard),
             waiting=sum(shard.waiting() for shard in shards),
             per_shard=per_shard,
@@ -844,7 +849,7 @@ def _loop_closed() -> None:
 #: The locks that are taken before a fork and released after it, by the ident of who forks.
 _held_over_fork: dict[int, list[Any]] = {}
 #: Seconds that a fork waits for all of them, at the most.
-_FORK_WAITS = 5.0
+_FORK_WAITS = 0.5
 
 
 def _before_fork() -> None:
