@@ -171,15 +171,15 @@ def address() -> Sanitizer:
             ),
             Plant(
                 "lines that are not aligned",
-                "make_lines",
-                r"\(<uintptr_t>lines\.allocated \+ CACHE_LINE - 1\) & .*",
-                "<uintptr_t>lines.allocated + 1",
+                "make_block",
+                r"\(<uintptr_t>allocated \+ CACHE_LINE - 1\) & .*",
+                "<uintptr_t>allocated + 1",
             ),
             Plant(
                 "too little memory for lines",
-                "make_lines",
-                r"PyMem_RawCalloc\(count \+ 1, stride\)",
-                "PyMem_RawCalloc(count, stride - CACHE_LINE)",
+                "make_block",
+                r"PyMem_RawCalloc\(count \+ 1, lines\.stride\)",
+                "PyMem_RawCalloc(count, lines.stride - CACHE_LINE)",
             ),
         ),
     )

@@ -18,15 +18,17 @@ import pytest
 pytest.importorskip("rich", reason="the extra `bench` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
 
-from shardedflight.bench import command, peers, plain, report, scaling
+from shardedflight.bench import command, following, leading, peers, plain, report, scaling
 from shardedflight.bench.basics import FORM, expect
 from shardedflight.bench.measure import Benchmark, Contender, Pair, Result, Side, Unit, measure
 from shardedflight.bench.model import Law, fit
 from shardedflight.bench.targets import (
+    FEW_KEYS,
+    MANY_KEYS,
     ONE_SHARD,
-    OWN_KEYS,
     SAME_KEYS,
     SIXTEEN_SHARDS,
+    SPEED_UP,
     Target,
     target_of,
 )
@@ -185,17 +187,19 @@ def test_a_run_draws(quick_run: Run, name: str) -> None:
 
 def test_the_grid_of_threads_and_shards_is_whole(quick_run: Run) -> None:
     points = quick_run.figures["scaling"]["points"]
-    for workload in ("own keys", "same keys"):
+    for workload in (FEW_KEYS, MANY_KEYS, SAME_KEYS):
         found = {(p["shards"], p["threads"]) for p in points if p["workload"] == workload}
         assert set(product((1, 4, 16, 64, 256, None), (1, 2))) <= found
     for point in points:
         assert all(rate > 0 for rate in point["calls_per_second"])
-    assert [row["point"] for row in quick_run.rows("scaling")][:4] == [
-        OWN_KEYS,
-        ONE_SHARD,
-        SIXTEEN_SHARDS,
-        SAME_KEYS,
-    ]
+    assert {row["point"] for row in quick_run.rows("scaling")} >= {
+        f"{SAME_KEYS}, {SPEED_UP}",
+        *(
+            f"{keys}, {what}"
+            for keys in (FEW_KEYS, MANY_KEYS)
+            for what in (SPEED_UP, ONE_SHARD, SIXTEEN_SHARDS)
+        ),
+    }
 
 
 def test_what_is_beyond_the_cores_is_called_a_model(quick_run: Run) -> None:
@@ -213,6 +217,22 @@ SUPPORTED["follower-threads"] = SUPPORTED["do"]
 SUPPORTED["followers"] = SUPPORTED["do-async-inline"] = SUPPORTED["do-async"]
 
 
+#: What this library can not do without, measured beside it.
+BOUNDS = {
+    "do-async": leading.SHIELD,
+    "do-async-inline": leading.ONE_TASK,
+    "do-future": leading.SECOND_FUTURE,
+    "followers": following.A_LIST,
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_what_bounds_a_figure_stands_beside_it(quick_run: Run, name: str) -> None:
+    (row,) = (row for row in quick_run.rows(name) if row["by"] == BOUNDS[name])
+    assert row["figure"] > 0
+    assert row["target"] is None
+
+
 def is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)
@@ -223,7 +243,11 @@ def is_installed(package: str) -> bool:
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_others_are_measured_where_they_are_installed(quick_run: Run, name: str) -> None:
-    rows = {row["by"]: row for row in quick_run.rows(name) if row["by"] not in {FORM, "plain"}}
+    rows = {
+        row["by"]: row
+        for row in quick_run.rows(name)
+        if row["by"] not in {FORM, "plain", *BOUNDS.values()}
+    }
     assert set(rows) == SUPPORTED[name]
     for package, row in rows.items():
         if is_installed(package):
@@ -251,7 +275,7 @@ def test_the_grid_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     arguments = ["--quick", "--only", "scaling", "--markdown", "--keep", str(tmp_path)]
     assert command.main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "| 0.01 s a point | own keys, 1 thread | own keys, 2 threads | " in shown
+    assert f"| 0.01 s a point | {FEW_KEYS}, 1 thread | {FEW_KEYS}, 2 threads | " in shown
     assert "| 256 shards | " in shown
     assert "A model, not a measurement: " in shown
 
@@ -533,11 +557,20 @@ def test_a_benchmark_refuses_to_measure_something_else() -> None:
         ("tiers-stampede", "redis, all have it", "compiled", (3, 11), True, Target(1.05)),
         ("tiers-failure", "host, all have it", "compiled", (3, 11), True, Target(0.6)),
         ("tiers-failure", "host, executions", "compiled", (3, 11), True, Target(1)),
-        ("scaling", OWN_KEYS, "compiled", (3, 14), True, None),
-        ("scaling", OWN_KEYS, "compiled", (3, 14), False, Target(1.8, at_least=True)),
-        ("scaling", ONE_SHARD, "compiled", (3, 14), False, Target(1.6, at_least=True)),
-        ("scaling", SIXTEEN_SHARDS, "compiled", (3, 14), False, Target(1.3, at_least=True)),
-        ("scaling", SAME_KEYS, "compiled", (3, 14), False, Target(1.4, at_least=True)),
+        ("scaling", f"{FEW_KEYS}, {SPEED_UP}", "compiled", (3, 14), True, None),
+        *(
+            ("scaling", f"{keys}, {what}", "compiled", (3, 14), False, Target(least, at_least=True))
+            for keys in (FEW_KEYS, MANY_KEYS)
+            for what, least in ((SPEED_UP, 1.8), (ONE_SHARD, 1.6), (SIXTEEN_SHARDS, 1.3))
+        ),
+        (
+            "scaling",
+            f"{SAME_KEYS}, {SPEED_UP}",
+            "compiled",
+            (3, 14),
+            False,
+            Target(1.4, at_least=True),
+        ),
     ],
 )
 def test_targets_depend_on_interpreter_and_form(
@@ -550,7 +583,7 @@ def test_every_target_has_a_benchmark() -> None:
     points = {
         "followers-curve": "100,000 followers",
         "keys-in-flight": "1,000,000 keys",
-        "scaling": OWN_KEYS,
+        "scaling": f"{FEW_KEYS}, {SPEED_UP}",
         "tiers-leader": "redis",
         "tiers-keys": "redis",
         "tiers-round-trips": "a leader",

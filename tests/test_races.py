@@ -467,6 +467,27 @@ def test_futures_that_are_all_cancelled_while_they_are_handed_over() -> None:
         assert_idle(flight, range(2))
 
 
+def test_threads_that_are_the_first_in_a_flight_at_the_same_time_are_all_counted() -> None:
+    # What a shard needs is made by the first who comes there, and there may be several of them.
+    threads, shards = 4, 4096
+    for _ in range(50):
+        flight = ShardedFlight(shards)
+        together = threading.Barrier(threads)
+
+        def body(
+            number: int, flight: ShardedFlight = flight, together: threading.Barrier = together
+        ) -> None:
+            together.wait(PATIENCE)
+            for step in range(200):
+                assert flight.do(lambda: step, number, step) == (step, False)  # noqa: B023
+
+        for outcome in [spawn(body, number) for number in range(threads)]:
+            outcome.result(PATIENCE)
+        stats = flight.stats()
+        assert stats.executions == threads * 200
+        assert (stats.in_flight, stats.waiting, stats.errors) == (0, 0, 0)
+
+
 def test_many_loops_come_and_go_while_they_share_executions() -> None:
     """Sections 2 and 4: `asyncio.run` ends under leaders and followers, again and again."""
     flight = ShardedFlight(2)

@@ -2,9 +2,11 @@
 
 import asyncio
 import dataclasses
+import gc
 import random
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -124,6 +126,20 @@ def test_a_snapshot_is_frozen(name: str) -> None:
     stats = ShardedFlight().stats()
     with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
         setattr(stats, name, 1)
+
+
+@pytest.mark.parametrize("shards", [None, 1, 4096])
+def test_a_flight_in_which_nothing_has_been_called_is_small(shards: int | None) -> None:
+    ShardedFlight(shards)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        flight = ShardedFlight(shards)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 64 * 1024
+    assert len(flight.stats().per_shard) == flight.shards
 
 
 def test_a_snapshot_does_not_follow_the_flight() -> None:

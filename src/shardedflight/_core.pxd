@@ -77,6 +77,17 @@ cdef extern from *:
     #else
     #define shardedflight_defer(object) ((void)(object))
     #endif
+    /* A block of lines is made once, by whichever of several threads is the first. */
+    #ifdef Py_GIL_DISABLED
+    #define shardedflight_block_at(place) ((char *)_Py_atomic_load_ptr_acquire(place))
+    static inline int shardedflight_block_publish(char **place, char *block) {
+        char *none = NULL;
+        return _Py_atomic_compare_exchange_ptr(place, &none, block);
+    }
+    #else
+    #define shardedflight_block_at(place) (*(place))
+    #define shardedflight_block_publish(place, block) (*(place) ? 0 : (*(place) = (block), 1))
+    #endif
     /* How many leads there were: those that a thread has at one time are nested in this order.
        With the GIL one count is enough for all threads. */
     #if !defined(Py_GIL_DISABLED)
@@ -100,6 +111,8 @@ cdef extern from *:
     PyObject* nothing "shardedflight_nothing" () noexcept
     bint is_instance "shardedflight_is_instance" (object, PyTypeObject*) noexcept
     PyTypeObject* type_of "Py_TYPE" (PyObject*) noexcept
+    char* block_at "shardedflight_block_at" (char**) noexcept
+    bint block_publish "shardedflight_block_publish" (char**, char*) noexcept
     int dict_find "shardedflight_find" (object, object, PyObject**) except -1
 
 cdef extern from "pythread.h":
@@ -117,6 +130,8 @@ cdef enum:
     LOOK_IN_MORE = -3
     LOOK = -4
     CACHE_LINE = 64
+    BLOCK_BITS = 6
+    BLOCK = 1 << 6
     FREE = -1
     MET = 1
     BESIDE = 2
@@ -140,9 +155,10 @@ ctypedef struct line_t:
 
 ctypedef struct lines_t:
     size_t count
+    size_t slots
     size_t stride
-    char* first
-    void* allocated
+    char** blocks          # BLOCK lines each, or all of them if there are fewer; NULL until the
+    void** allocated       # first of them is needed. What they were allocated as.
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -162,38 +178,81 @@ cdef inline object make_lines(size_t count):
     """Returns a capsule with as many lines."""
     if count == 0 or count == SIZE_MAX:  # it has overflowed, or is about to
         raise MemoryError
-    cdef size_t slots = slots_of(count)
-    cdef size_t stride = stride_of(slots)
     cdef lines_t* lines = <lines_t*>PyMem_RawCalloc(1, sizeof(lines_t))
     if lines == NULL:
         raise MemoryError
-    # One line more than are used, to align them. A product that overflows is refused by RawCalloc.
-    lines.allocated = PyMem_RawCalloc(count + 1, stride)
-    if lines.allocated == NULL:
-        PyMem_RawFree(lines)
-        raise MemoryError
     lines.count = count
-    lines.stride = stride
-    lines.first = <char*>(
-        (<uintptr_t>lines.allocated + CACHE_LINE - 1) & ~<uintptr_t>(CACHE_LINE - 1)
+    lines.slots = slots_of(count)
+    lines.stride = stride_of(lines.slots)
+    lines.blocks = <char**>PyMem_RawCalloc(block_count(lines), sizeof(char*))
+    lines.allocated = <void**>PyMem_RawCalloc(block_count(lines), sizeof(void*))
+    if lines.blocks == NULL or lines.allocated == NULL:
+        free_lines(lines)
+        raise MemoryError
+    return PyCapsule_New(lines, NULL, drop_lines)
+
+
+cdef inline size_t block_count(lines_t* lines) noexcept:
+    return (lines.count + BLOCK - 1) >> BLOCK_BITS
+
+
+cdef inline int make_block(lines_t* lines, size_t number) except -1:
+    """Sees to it that there is the block with this number."""
+    if block_at(&lines.blocks[number]) != NULL:
+        return 0
+    cdef size_t count = lines.count if lines.count < BLOCK else BLOCK
+    # One line more than are used, to align them. A product that overflows is refused by RawCalloc.
+    cdef void* allocated = PyMem_RawCalloc(count + 1, lines.stride)
+    if allocated == NULL:
+        raise MemoryError
+    cdef char* first = <char*>(
+        (<uintptr_t>allocated + CACHE_LINE - 1) & ~<uintptr_t>(CACHE_LINE - 1)
     )
     cdef line_t* line
     cdef size_t i, s
     for i in range(count):
-        line = <line_t*>(lines.first + i * stride)
-        line.slots = <uint8_t>slots
-        for s in range(slots):
+        line = <line_t*>(first + i * lines.stride)
+        line.slots = <uint8_t>lines.slots
+        for s in range(lines.slots):
             line.slot[s].serial = FREE
-    return PyCapsule_New(lines, NULL, drop_lines)
+    if block_publish(&lines.blocks[number], first):
+        lines.allocated[number] = allocated
+    else:  # another thread has made it
+        PyMem_RawFree(allocated)
+    return 0
+
+
+cdef inline void free_lines(lines_t* lines) noexcept:
+    """No block has any seat left."""
+    cdef size_t b
+    if lines.allocated != NULL:
+        for b in range(block_count(lines)):
+            PyMem_RawFree(lines.allocated[b])
+    PyMem_RawFree(lines.allocated)
+    PyMem_RawFree(lines.blocks)
+    PyMem_RawFree(lines)
 
 
 cdef inline lines_t* lines_of(object memory):
     return <lines_t*>PyCapsule_GetPointer(memory, NULL)
 
 
-cdef inline line_t* line_at(object memory, size_t index):
+cdef inline char** blocks_in(object memory):
+    return lines_of(memory).blocks
+
+
+cdef inline line_t* line_made(lines_t* lines, size_t index) noexcept:
+    """A line in which somebody may have led, or NULL."""
+    cdef char* block = block_at(&lines.blocks[index >> BLOCK_BITS])
+    if block == NULL:
+        return NULL
+    return <line_t*>(block + (index & (BLOCK - 1)) * lines.stride)
+
+
+cdef inline line_t* line_at(object memory, size_t index) except NULL:
     cdef lines_t* lines = lines_of(memory)
-    return <line_t*>(lines.first + index * lines.stride)
+    make_block(lines, index >> BLOCK_BITS)
+    return line_made(lines, index)
 
 
 cdef inline void drop_lines(object memory) noexcept:
@@ -201,25 +260,27 @@ cdef inline void drop_lines(object memory) noexcept:
     cdef line_t* line
     cdef size_t i, s
     for i in range(lines.count):
-        line = <line_t*>(lines.first + i * lines.stride)
+        line = line_made(lines, i)
+        if line == NULL:
+            continue
         for s in range(line.slots):
             if is_made(&line.slot[s]):
                 Py_DECREF(<object>line.slot[s].part)
         if line.extras != NULL:
             Py_DECREF(<object>line.extras)
-    PyMem_RawFree(lines.allocated)
-    PyMem_RawFree(lines)
+    free_lines(lines)
 
 
 cdef inline void lines_orphan(object memory):
     """In a forked child: nobody holds a lock any more."""
     cdef lines_t* lines = lines_of(memory)
-    cdef mutex_t* mutex
+    cdef line_t* line
     cdef size_t i, b
     for i in range(lines.count):
-        mutex = &(<line_t*>(lines.first + i * lines.stride)).mutex
-        for b in range(sizeof(mutex_t)):
-            (<char*>mutex)[b] = 0
+        line = line_made(lines, i)
+        if line != NULL:
+            for b in range(sizeof(mutex_t)):
+                (<char*>&line.mutex)[b] = 0
 
 
 # -- the leader's path -----------------------------------------------------------------------------
@@ -277,12 +338,16 @@ cdef inline line_t* line_in(Core core, size_t index) except NULL:
     if core._memory is None:
         # A subclass has not called __init__, or the garbage collector has been here.
         raise RuntimeError("the flight has not been initialised")
-    return <line_t*>(<char*>core._lines + index * core._stride)
+    cdef char* block = block_at(&core._blocks[index >> BLOCK_BITS])
+    if block == NULL:
+        return line_at(core._memory, index)
+    return <line_t*>(block + (index & (BLOCK - 1)) * core._stride)
 
 
 cdef inline bint is_line(Core core, size_t index, line_t* line) noexcept:
     """Whether the line is still the flight's: it has others in a forked child."""
-    return <char*>core._lines + index * core._stride == <char*>line
+    cdef char* block = block_at(&core._blocks[index >> BLOCK_BITS])
+    return block + (index & (BLOCK - 1)) * core._stride == <char*>line
 
 
 cdef inline object key_of_two(PyObject* part, PyObject* more):
@@ -642,7 +707,9 @@ cdef inline int64_t lines_started(object memory):
     cdef int64_t started = 0
     cdef size_t i
     for i in range(lines.count):
-        line = <line_t*>(lines.first + i * lines.stride)
+        line = line_made(lines, i)
+        if line == NULL:
+            continue
         lock(&line.mutex)
         started += line.started
         unlock(&line.mutex)
@@ -656,7 +723,9 @@ cdef inline bint lines_idle(object memory) except -1:
     cdef bint idle
     cdef size_t i
     for i in range(lines.count):
-        line = <line_t*>(lines.first + i * lines.stride)
+        line = line_made(lines, i)
+        if line == NULL:
+            continue
         lock(&line.mutex)
         idle = line.top == 0 and line.extra == 0 and not line.flags & BESIDE
         unlock(&line.mutex)
@@ -674,7 +743,10 @@ cdef inline list lines_running(object memory):
     cdef int s
     cdef uint32_t found
     for i in range(lines.count):
-        line = <line_t*>(lines.first + i * lines.stride)
+        line = line_made(lines, i)
+        if line == NULL:
+            running.append(0)
+            continue
         lock(&line.mutex)
         found = line.extra
         for s in range(line.top):
@@ -741,7 +813,7 @@ cdef class Shard:
 
 cdef class Core:
     cdef object _memory, _old_memory
-    cdef line_t* _lines
+    cdef char** _blocks
     cdef size_t _stride
     cdef object _build_key, _hash
     cdef size_t _mask

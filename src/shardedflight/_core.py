@@ -70,6 +70,7 @@ if not cython.compiled:  # otherwise _core.pxd has these names, as C
         COMPILED,
         FULL,
         TAKEN,
+        blocks_in,
         borrow,
         call,
         check_self,
@@ -935,7 +936,7 @@ class Core:
             # when a subclass calls __init__ again.
             self._old_memory: Any = (self._memory, self._old_memory)
             self._memory: Any = make_lines(self._mask + 1)
-            self._lines = line_at(self._memory, 0)
+            self._blocks = blocks_in(self._memory)
             self._stride = stride_of(slots_of(self._mask + 1))
         #: Made when they are first needed, under `_making`.
         self._shards: list[Shard | None] = [None] * (self._mask + 1)
@@ -1070,15 +1071,16 @@ class Core:
         # CPython runs signal handlers at calls, and what they raise can strike at every call below.
         # So all of them, from the link on, are inside of one try, and the clean-up is made of steps
         # that may be done twice, and is done again when it is itself interrupted.
+        table = shard.table
         try:
-            if shard.table.setdefault(h, seat) is seat and (
+            if table.setdefault(h, seat) is seat and (
                 not shard.any_beside or h not in shard.overflow
             ):
                 next(shard.started)
                 value = fn()
                 if type(value) is CoroutineType:
                     self._refuse(shard, h, seat, value)
-                del shard.table[h]
+                del table[h]
                 if not shard.any_met:
                     return value, False
                 return self._serve(shard, h, seat, value)

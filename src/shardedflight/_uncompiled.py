@@ -24,6 +24,7 @@ peek = dict[Any, Any].get
 # Names of C's, which stand only where COMPILED is true.
 FULL: Any = None
 TAKEN: Any = None
+blocks_in: Any = None
 borrow: Any = None
 call: Any = None
 check_self: Any = None

@@ -74,7 +74,9 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
             unit=Unit.NANOSECONDS,
             operations=operations(1_000),
             rounds=rounds(61),
-            prepare=leading.leading_async(suspends_once, leading.bare_task),
+            prepare=leading.leading_async(
+                suspends_once, leading.bare_task, (leading.SHIELD, leading.shielded_task)
+            ),
             prepare_peers=peers.leading_async(suspends_once, leading.bare_task),
         ),
         Benchmark(
@@ -85,7 +87,9 @@ def benchmarks(*, quick: bool) -> tuple[Benchmark, ...]:
             unit=Unit.NANOSECONDS,
             operations=operations(2_000),
             rounds=rounds(61),
-            prepare=leading.leading_async(constant_async, leading.bare_leader),
+            prepare=leading.leading_async(
+                constant_async, leading.bare_leader, (leading.ONE_TASK, leading.one_task_each)
+            ),
             prepare_peers=peers.leading_async(constant_async, leading.bare_leader),
         ),
         Benchmark(

@@ -17,6 +17,9 @@ AskAsync: TypeAlias = Callable[
     [Callable[[], Coroutine[Any, Any, int]]], Callable[[], Coroutine[Any, Any, object]]
 ]
 
+#: What is measured beside this library: as little as followers can do.
+A_LIST = "a list of futures alone"
+
 #: Seconds in which threads that are about to sleep fall asleep.
 _SETTLED = 0.01
 
@@ -82,6 +85,32 @@ def asking_async(flight: ShardedFlight) -> AskAsync:
     return ask
 
 
+def asking_a_list() -> AskAsync:
+    """What bounds followers: each finds its key, and waits in the leader's list. None may leave."""
+    waiting: dict[str, list[asyncio.Future[int]]] = {}
+
+    async def share(fn: Callable[[], Coroutine[Any, Any, int]], key: str) -> tuple[int, bool]:
+        if key in waiting:
+            future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            waiting[key].append(future)
+            return await future, True
+        waiting[key] = []
+        value = await fn()
+        futures = waiting.pop(key)
+        for future in futures:
+            future.set_result(value)
+        return value, bool(futures)
+
+    def ask(fn: Callable[[], Coroutine[Any, Any, int]]) -> Callable[[], Coroutine[Any, Any, int]]:
+        async def request() -> int:
+            value, _ = await share(fn, "item")
+            return value
+
+        return request
+
+    return ask
+
+
 def following(points: Sequence[int] = ()) -> Prepare:
     """Makes the preparation of a benchmark of coroutines that follow.
 
@@ -98,7 +127,7 @@ def following(points: Sequence[int] = ()) -> Prepare:
             stats = flight.stats()
             expect((stats.executions, stats.shared), (1, operations), "executions, callers served")
 
-            def pair(followers: int) -> Pair:
+            def pair(followers: int, ask: AskAsync = ask) -> Pair:
                 times = max(1, operations // followers)
                 return Pair(
                     lambda: _mean(runner, lambda: follow(ask, followers), times),
@@ -111,7 +140,10 @@ def following(points: Sequence[int] = ()) -> Prepare:
                     for point in points
                 ]
             else:
-                yield [Contender(FORM, pair(operations))]
+                yield [
+                    Contender(FORM, pair(operations)),
+                    Contender(A_LIST, pair(operations, asking_a_list())),
+                ]
 
     return prepare
 

@@ -6,9 +6,10 @@ these sizes a layer would be most of what is measured.
 
 import asyncio
 import gc
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import repeat
@@ -26,6 +27,11 @@ from shardedflight.bench.basics import (
     suspends_once,
 )
 from shardedflight.bench.measure import Contender, Pair, Prepare
+
+#: What is measured beside this library: what it can not do without, and nothing else.
+SHIELD = "`asyncio.shield` alone"
+ONE_TASK = "a task alone"
+SECOND_FUTURE = "a second future alone"
 
 # `do`.
 
@@ -119,10 +125,46 @@ async def bare_leader(calls: int) -> float:
     return (clock() - start) / calls
 
 
+async def shielded_task(calls: int) -> float:
+    """What bounds a leader that may leave: the standard library's way to await a task so."""
+    fn = suspends_once
+    start = clock()
+    for _ in repeat(None, calls):
+        await asyncio.shield(asyncio.create_task(fn()))
+    return (clock() - start) / calls
+
+
+async def task_leader(fn: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Runs `fn()` in a task of its own, at once where that is possible, and shares nothing."""
+    if sys.version_info >= (3, 12):
+        task = asyncio.Task(fn(), loop=asyncio.get_running_loop(), eager_start=True)
+        if task.done():
+            return task.result()
+        return await task
+    return await asyncio.create_task(fn())
+
+
+async def one_task_each(calls: int) -> float:
+    """What bounds a leader that does not suspend: that its function runs in a task at all."""
+    fn = constant_async
+    start = clock()
+    for _ in repeat(None, calls):
+        await task_leader(fn)
+    return (clock() - start) / calls
+
+
 def leading_async(
-    fn: Callable[[], Coroutine[Any, Any, int]], floor: Callable[[int], Coroutine[Any, Any, float]]
+    fn: Callable[[], Coroutine[Any, Any, int]],
+    floor: Callable[[int], Coroutine[Any, Any, float]],
+    bound: tuple[str, Callable[[int], Coroutine[Any, Any, float]]],
 ) -> Prepare:
-    """Makes the preparation of a benchmark about a coroutine that leads with `fn`."""
+    """Makes the preparation of a benchmark about a coroutine that leads with `fn`.
+
+    Args:
+        fn: What it leads with.
+        floor: The floor under it.
+        bound: What a leader can not do without, alone; and its name.
+    """
 
     @contextmanager
     def prepare(calls: int) -> Iterator[Sequence[Contender]]:
@@ -130,11 +172,14 @@ def leading_async(
         with asyncio.Runner() as runner:
             runner.run(lead_async(flight, fn, calls))
             expect(flight.stats().executions, calls, "executions")
-            pair = Pair(
-                lambda: runner.run(lead_async(flight, fn, calls)),
-                lambda: runner.run(floor(calls)),
-            )
-            yield [Contender(FORM, pair)]
+            name, side = bound
+            yield [
+                Contender(who, Pair(ours, lambda: runner.run(floor(calls))))
+                for who, ours in (
+                    (FORM, lambda: runner.run(lead_async(flight, fn, calls))),
+                    (name, lambda: runner.run(side(calls))),
+                )
+            ]
 
     return prepare
 
@@ -160,6 +205,22 @@ def submit_pool(pool: Executor, calls: int) -> float:
     return (perf_counter_ns() - start) / calls
 
 
+def submit_for_another(pool: Executor, calls: int) -> float:
+    """What bounds `do_future`: a future that its caller can leave, beside the executor's own."""
+    fn = constant
+    start = perf_counter_ns()
+    for _ in repeat(None, calls):
+        future: Future[int] = Future()
+        pool.submit(partial(settle, future, fn))
+        future.result()
+    return (perf_counter_ns() - start) / calls
+
+
+def settle(future: "Future[int]", fn: Callable[[], int]) -> None:
+    """Runs `fn` for a future."""
+    future.set_result(fn())
+
+
 @contextmanager
 def submitting(calls: int) -> Iterator[Sequence[Contender]]:
     """Prepares the benchmark of futures; both sides share one pool of one thread."""
@@ -167,8 +228,13 @@ def submitting(calls: int) -> Iterator[Sequence[Contender]]:
         flight = ShardedFlight(executor=pool)
         submit_flight(flight, calls)
         expect(flight.stats().executions, calls, "executions")
-        pair = Pair(lambda: submit_flight(flight, calls), lambda: submit_pool(pool, calls))
-        yield [Contender(FORM, pair)]
+        yield [
+            Contender(who, Pair(ours, lambda: submit_pool(pool, calls)))
+            for who, ours in (
+                (FORM, lambda: submit_flight(flight, calls)),
+                (SECOND_FUTURE, lambda: submit_for_another(pool, calls)),
+            )
+        ]
 
 
 # The number of keys in flight.

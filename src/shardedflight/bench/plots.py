@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from shardedflight.bench.measure import Result, Unit
 from shardedflight.bench.report import by_whom, compared, fitted, groups, in_words, surroundings
-from shardedflight.bench.scaling import Grid, Point, Workload
+from shardedflight.bench.scaling import TABLED, Grid, Point, Workload
 
 _STYLE: dict[Any, str | float | bool] = {
     "font.size": 9,
@@ -150,9 +150,9 @@ def _curves(results: Sequence[Result]) -> Figure:
 
 def _scaling(grid: Grid) -> Figure:
     """Calls per second by threads and shards, and the model beyond what was measured."""
-    figure = Figure((9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, workload in ((left, Workload.OWN_KEYS), (right, Workload.SAME_KEYS)):
+    figure = Figure((12, 4), layout="constrained")
+    left, *others = figure.subplots(1, len(TABLED), sharey=True)
+    for axes, workload in zip((left, *others), TABLED, strict=True):
         for shards in grid.shards():
             axes.plot(
                 grid.threads,

@@ -20,7 +20,7 @@ from shardedflight.bench import peers
 from shardedflight.bench.basics import FORM
 from shardedflight.bench.measure import Result, Subject, Unit
 from shardedflight.bench.model import Fit, fit
-from shardedflight.bench.scaling import Grid, Point, Workload
+from shardedflight.bench.scaling import TABLED, Grid, Point, Workload
 from shardedflight.bench.targets import GIL
 
 #: How many times as fast as one thread two are that have nothing in common, on two free cores.
@@ -253,15 +253,14 @@ def scaling_table(grid: Grid) -> Table:
 
 def _scaling(grid: Grid) -> tuple[list[str], list[list[str]]]:
     """Returns the headings and the rows of the table of thread scaling."""
-    kinds = (Workload.OWN_KEYS, Workload.SAME_KEYS)
     headings = [f"{grid.seconds:g} s a point"]
-    for workload in kinds:
+    for workload in TABLED:
         headings += [f"{workload.value}, {threads} threads" for threads in grid.threads]
     return [heading.replace(", 1 threads", ", 1 thread") for heading in headings], [
         [grid.label(shards)]
         + [
             amount(grid.median(Point(workload, shards, threads)), Unit.CALLS_PER_SECOND)
-            for workload in kinds
+            for workload in TABLED
             for threads in grid.threads
         ]
         for shards in grid.shards()
@@ -287,7 +286,7 @@ def in_all(grid: Grid, *, gil: bool = GIL) -> str:
 
 def in_model(grid: Grid) -> str:
     """Says what the universal scalability law makes of the default shards."""
-    law = fitted(grid, Workload.OWN_KEYS, None)
+    law = fitted(grid, Workload.MANY_KEYS, None)
     most = grid.threads[-1]
     beyond = [f"{most * times} threads {_between(law, most * times)}" for times in (2, 4, 8)]
     how = (
@@ -297,9 +296,9 @@ def in_model(grid: Grid) -> str:
         "takes all loss for coherency, the second for contention."
     )
     return (
-        f"A model, not a measurement: the universal scalability law, fitted to own keys and "
-        f"default shards (sigma {law.contention.sigma:.3f}, kappa {law.coherency.kappa:.3f}), "
-        f"gives {', '.join(beyond)} of one thread.{how}"
+        f"A model, not a measurement: the universal scalability law, fitted to "
+        f"{Workload.MANY_KEYS.value} and default shards (sigma {law.contention.sigma:.3f}, "
+        f"kappa {law.coherency.kappa:.3f}), gives {', '.join(beyond)} of one thread.{how}"
     )
 
 
@@ -385,7 +384,7 @@ def _grid_as_json(grid: Grid) -> dict[str, Any]:
         ],
         "model": {
             "law": "universal scalability law: a model fitted to the points, not a measurement",
-            "decided": fitted(grid, Workload.OWN_KEYS, None).decided,
+            "decided": fitted(grid, Workload.MANY_KEYS, None).decided,
             "fits": [
                 {
                     "workload": workload.value,
@@ -393,7 +392,7 @@ def _grid_as_json(grid: Grid) -> dict[str, Any]:
                     "sigma": law.contention.sigma,
                     "kappa": law.coherency.kappa,
                 }
-                for workload in (Workload.OWN_KEYS, Workload.SAME_KEYS)
+                for workload in TABLED
                 for shards in grid.shards()
                 for law in [fitted(grid, workload, shards)]
             ],

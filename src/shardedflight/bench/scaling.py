@@ -20,10 +20,12 @@ from shardedflight import ShardedFlight
 from shardedflight.bench.basics import FORM, constant, keys_in_order
 from shardedflight.bench.measure import Result, Subject, Unit, figures_of, undisturbed, unwatched
 from shardedflight.bench.targets import (
+    FEW_KEYS,
+    MANY_KEYS,
     ONE_SHARD,
-    OWN_KEYS,
     SAME_KEYS,
     SIXTEEN_SHARDS,
+    SPEED_UP,
     target_of,
 )
 
@@ -37,7 +39,9 @@ SUBJECT = Subject(
 )
 
 SHARDS = (1, 4, 16, 64, 256)
-_KEYS = 10_000
+#: How many calls a thread makes between two looks at the clock.
+_CALLS = 10_000
+_FEW = 200
 _ROUNDS = 9
 _SECONDS = 0.5
 _QUICK_SECONDS = 0.01
@@ -46,10 +50,15 @@ _QUICK_SECONDS = 0.01
 class Workload(Enum):
     """What the threads call."""
 
-    OWN_KEYS = "own keys"
-    SAME_KEYS = "same keys"
-    ONE_FUNCTION = "own keys, one function"
+    FEW_KEYS = FEW_KEYS
+    MANY_KEYS = MANY_KEYS
+    SAME_KEYS = SAME_KEYS
+    ONE_FUNCTION = f"{MANY_KEYS}, one function"
     BARE_LOOP = "bare loops, a dict for each thread"
+
+
+#: Those that are measured with every number of shards.
+TABLED = (Workload.FEW_KEYS, Workload.MANY_KEYS, Workload.SAME_KEYS)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ def thread_counts() -> tuple[int, ...]:
 def points() -> Iterator[Point]:
     """Goes through the grid so that what is compared most is close together in time."""
     counts = thread_counts()
-    for workload in (Workload.OWN_KEYS, Workload.SAME_KEYS):
+    for workload in TABLED:
         for shards, threads in product((1, None, 16, 4, 64, 256), counts):
             yield Point(workload, shards, threads)
     for workload in (Workload.ONE_FUNCTION, Workload.BARE_LOOP):
@@ -152,7 +161,7 @@ def _rate(point: Point, flight: ShardedFlight, seconds: float) -> float:
         end = start + round(seconds * 1e9)
         while not calls or now < end:  # one pass at least, however busy the machine is
             once()
-            calls += _KEYS
+            calls += _CALLS
             now = perf_counter_ns()
         rates.append(calls / (now - start) * 1e9)
 
@@ -166,9 +175,14 @@ def _rate(point: Point, flight: ShardedFlight, seconds: float) -> float:
 
 def _pass_of(workload: Workload, flight: ShardedFlight, thread: int) -> Callable[[], None]:
     """Returns what a thread does over and over, with keys and a function that it made itself."""
-    keys = keys_in_order(_KEYS, "item" if workload is Workload.SAME_KEYS else f"thread {thread}")
-    if workload is Workload.SAME_KEYS:
-        keys = random.Random(thread).choices(keys, k=_KEYS)  # noqa: S311 - an order, not a secret.
+    match workload:
+        case Workload.SAME_KEYS:
+            keys = keys_in_order(_CALLS)
+            keys = random.Random(thread).choices(keys, k=_CALLS)  # noqa: S311 - not a secret.
+        case Workload.FEW_KEYS:
+            keys = keys_in_order(_FEW, f"thread {thread}") * (_CALLS // _FEW)
+        case _:
+            keys = keys_in_order(_CALLS, f"thread {thread}")
 
     def own() -> int:
         return 1
@@ -191,33 +205,34 @@ def _pass_of(workload: Workload, flight: ShardedFlight, thread: int) -> Callable
 
 def results_of(grid: Grid) -> list[Result]:
     """Compares the points that say most."""
-    own, same = Workload.OWN_KEYS, Workload.SAME_KEYS
+    same = Workload.SAME_KEYS
     most = grid.threads[-1]
-    compared = {
-        OWN_KEYS: (Point(own, None, 2), Point(own, None, 1)),
-        ONE_SHARD: (Point(own, None, 2), Point(own, 1, 2)),
-        SIXTEEN_SHARDS: (Point(own, 16, 2), Point(own, 1, 2)),
-        SAME_KEYS: (Point(same, None, 2), Point(same, None, 1)),
-        "own keys, one function object, 2 threads / 1": (
-            Point(Workload.ONE_FUNCTION, None, 2),
-            Point(Workload.ONE_FUNCTION, None, 1),
-        ),
-        "a dict for each thread, 2 threads / 1": (
-            Point(Workload.BARE_LOOP, None, 2),
-            Point(Workload.BARE_LOOP, None, 1),
-        ),
-    }
-    if most > 2:
-        compared[f"own keys, default shards, {most} threads / 1"] = (
-            Point(own, None, most),
-            Point(own, None, 1),
-        )
+    compared: dict[str, tuple[Point, Point]] = {}
+    for own in (Workload.FEW_KEYS, Workload.MANY_KEYS):
+        two = Point(own, None, 2)
+        compared[f"{own.value}, {SPEED_UP}"] = two, Point(own, None, 1)
+        compared[f"{own.value}, {ONE_SHARD}"] = two, Point(own, 1, 2)
+        compared[f"{own.value}, {SIXTEEN_SHARDS}"] = Point(own, 16, 2), Point(own, 1, 2)
+        if most > 2:
+            compared[f"{own.value}, default shards, {most} threads / 1"] = (
+                Point(own, None, most),
+                Point(own, None, 1),
+            )
+    compared[f"{same.value}, {SPEED_UP}"] = Point(same, None, 2), Point(same, None, 1)
+    compared[f"{Workload.ONE_FUNCTION.value} object, 2 threads / 1"] = (
+        Point(Workload.ONE_FUNCTION, None, 2),
+        Point(Workload.ONE_FUNCTION, None, 1),
+    )
+    compared["a dict for each thread, 2 threads / 1"] = (
+        Point(Workload.BARE_LOOP, None, 2),
+        Point(Workload.BARE_LOOP, None, 1),
+    )
     return [
         Result(
             subject=SUBJECT,
             who=FORM if first.workload is not Workload.BARE_LOOP else "bare loop",
             point=point,
-            operations=_KEYS,
+            operations=_CALLS,
             target=target_of(SUBJECT.name, point, FORM),
             figures=figures_of(
                 zip(grid.rates[first], grid.rates[second], strict=True), SUBJECT.unit
