@@ -74,6 +74,11 @@ static inline void announced_unlock(PyMutex *mutex) {
 __attribute__((noinline)) static void *memory_of_lines(size_t count, size_t size) {
     return calloc(count, size);
 }
+/* Lines are made when they are first needed, by whoever comes first. */
+static inline int announced_publish(void *place, void *none, void *block) {
+    __tsan_release(&made);
+    return _Py_atomic_compare_exchange_ptr(place, none, block);
+}
 static inline PyObject *announced_new(void *lines, const char *name, PyCapsule_Destructor drop) {
     __tsan_release(&made);
     return PyCapsule_New(lines, name, drop);
@@ -86,6 +91,7 @@ static inline void *announced_get(PyObject *capsule, const char *name) {
 #undef PyMutex_Unlock
 #define PyMutex_Lock announced_lock
 #define PyMutex_Unlock announced_unlock
+#define _Py_atomic_compare_exchange_ptr announced_publish
 #define PyCapsule_New announced_new
 #define PyCapsule_GetPointer announced_get
 #define PyMem_RawCalloc memory_of_lines

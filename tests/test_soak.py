@@ -1,5 +1,6 @@
 """`make soak` for a few seconds; and that it would tell if something were wrong."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proof.histories import History, check
+from proof.histories import End, History, check
 from proof.soak.census import left_behind
+from proof.soak.keys import Lost
 from proof.soak.mix import Mix, Mood
 from proof.soak.tally import compare
+from support import eventually_async
 
 from shardedflight import ShardedFlight
 from shardedflight._core import Execution
@@ -112,3 +115,65 @@ def test_a_record_that_is_left_is_found() -> None:
     (shard,) = flight._made_shards()
     shard.met[1] = Execution(("k", 1))
     assert any("records" in text for text in left_behind(flight))
+
+
+# -- what is no fault -----------------------------------------------------------------------------
+
+
+def test_a_call_for_many_that_one_loss_ends_has_left_its_other_runs() -> None:
+    """So they are abandoned: somebody else may run for their keys before they have ended."""
+    flight, history = ShardedFlight(), History()
+    mix = Mix(flight, history, Mood("rough", leaving=True), "one loss", size=1, forks=False)
+
+    async def main() -> None:
+        led, lose_b, lose_a = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        run_again, end = asyncio.Event(), asyncio.Event()
+
+        async def lost() -> None:
+            led.set()
+            await lose_b.wait()
+            raise Lost(None)
+
+        async def function(names: list[str]) -> dict[str, int]:
+            executions = [history.begin(calls[name]) for name in names]
+            try:
+                if names == ["a"]:
+                    await lose_a.wait()
+                    raise Lost(None)
+                run_again.set()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await end.wait()
+            finally:
+                for execution in executions:
+                    history.end(execution, End.LOST)
+            raise AssertionError
+
+        calls = {name: history.invoke(name, "do_many_async") for name in "ab"}
+
+        async def many() -> None:
+            try:
+                await flight.do_many_async(function, ["a", "b"])
+            except Lost as error:
+                mix._many_failed(calls, error)
+
+        async def newer() -> Any:
+            return history.value(history.begin(call))
+
+        leader = asyncio.create_task(flight.do_async(lost, "b"))
+        await led.wait()
+        caller = asyncio.create_task(many())
+        await eventually_async(lambda: flight.stats().waiting == 1)
+        lose_b.set()
+        await run_again.wait()
+        lose_a.set()
+        await caller
+        call = history.invoke("b", "do_async")
+        history.returned(call, *await flight.do_async(newer, "b"))
+        end.set()
+        await eventually_async(lambda: flight.in_flight() == 0)
+        await asyncio.gather(leader, return_exceptions=True)
+
+    asyncio.run(main())
+    assert [str(violation) for violation in check(history)] == []

@@ -471,6 +471,8 @@ class Mix:
                 else:
                     history.missed(call)
             return
+        led_by_it = [history.executions[number] for call in calls.values() for number in call.led]
+        losses = [e.ended for e in led_by_it if e.end is End.LOST and e.ended is not None]
         for call in calls.values():
             if call.outcome is Outcome.CLOSED:
                 continue
@@ -482,8 +484,13 @@ class Mix:
                     history.gone(call, Outcome.UNTOLD)
             elif isinstance(error, Lost):
                 own = led is not None and led.end is End.LOST
+                if not own:  # with one run of its function lost, it leaves the others
+                    call.leaving = call.leaving or min(losses, default=call.begun)
                 history.gone(call, Outcome.OWN if own else Outcome.LEFT)
-            elif isinstance(error, (asyncio.CancelledError, DeadlockError)):
+            elif isinstance(error, DeadlockError):
+                call.leaving = call.leaving or call.begun
+                history.gone(call, Outcome.LEFT)
+            elif isinstance(error, asyncio.CancelledError):
                 history.gone(call, Outcome.LEFT)
             elif isinstance(error, GeneratorExit):
                 history.gone(call, Outcome.CLOSED)
