@@ -59,7 +59,7 @@ class FlightFuture(Future[Any], Run, Waiter):
         """Has `fn` run by the executor, to lead."""
         job = _Job(self)
         self._work = work = self._flight._submit(job)
-        work.add_done_callback(job.done)
+        work.add_done_callback(job)
 
     def dropped(self, error: BaseException | None) -> None:
         """The executor will not run the function; it may say why."""
@@ -226,7 +226,8 @@ class _Job:
     """What the executor is given: an envelope, which is empty once it has been opened.
 
     The executor's frames and futures keep it, and the traceback of a function's error keeps those
-    frames, and is kept by the error, and that by the future.
+    frames, and is kept by the error, and that by the future. It is also what the executor's future
+    calls when it is done, for a method that is bound to it would be one object more.
     """
 
     __slots__ = ("_content",)
@@ -234,15 +235,13 @@ class _Job:
     def __init__(self, future: FlightFuture) -> None:
         self._content: FlightFuture | None = future
 
-    def __call__(self) -> None:
+    def __call__(self, work: "Future[None] | None" = None) -> None:
         future, self._content = self._content, None
-        assert future is not None
         try:
-            future.lead()
+            if work is None:
+                assert future is not None
+                future.lead()
+            elif future is not None and not future.abandoned():
+                future.dropped(None if work.cancelled() else work.exception())
         finally:
             del future
-
-    def done(self, work: "Future[None]") -> None:
-        future, self._content = self._content, None
-        if future is not None and not future.abandoned():
-            future.dropped(None if work.cancelled() else work.exception())
