@@ -32,19 +32,40 @@ cdef extern from *:
     #define shardedflight_unlock(mutex) ((void)(mutex))
     #endif
     #if defined(_MSC_VER)
-    __declspec(noinline)
+    #define shardedflight_thread __declspec(thread)
+    #define shardedflight_noinline __declspec(noinline)
+    #elif defined(__GLIBC__)
+    #define shardedflight_thread __thread __attribute__((tls_model("initial-exec")))
+    #define shardedflight_noinline __attribute__((noinline))
     #else
-    __attribute__((noinline))
+    #define shardedflight_thread __thread
+    #define shardedflight_noinline __attribute__((noinline))
     #endif
-    /* The one call from C that may lead here again, and again, without a Python frame between.
-       CPython counts calls, and measures the stack since 3.14: what the function could not use is
-       room to clean up with, for start_new_thread at least. */
-    static PyObject *shardedflight_call(PyObject *function) {
-        PyObject *value;
+    /* `call` is the one call from C that may lead here again, and again, without a Python frame
+       between. There has to be room left on the stack to clean up with, for start_new_thread at
+       least, where the function finds none. */
     #if PY_VERSION_HEX >= 0x030E0000
+    /* CPython measures the stack. Where there was room once, there is room again: so it is asked
+       only where the thread has not been as deep before. */
+    static shardedflight_thread uintptr_t shardedflight_deepest = UINTPTR_MAX;
+    static shardedflight_noinline int shardedflight_has_room(uintptr_t here) {
         volatile char room[4096];
         room[0] = 0;
-    #elif PY_VERSION_HEX >= 0x030C0000
+        if (Py_EnterRecursiveCall(" while leading")) return 0;
+        Py_LeaveRecursiveCall();
+        shardedflight_deepest = here;
+        return 1;
+    }
+    static inline PyObject *shardedflight_call(PyObject *function) {
+        volatile char here = 0;
+        if ((uintptr_t)&here < shardedflight_deepest && !shardedflight_has_room((uintptr_t)&here))
+            return NULL;
+        return PyObject_CallNoArgs(function);
+    }
+    #else
+    static shardedflight_noinline PyObject *shardedflight_call(PyObject *function) {
+        PyObject *value;
+    #if PY_VERSION_HEX >= 0x030C0000
         /* 10,000 calls of C are allowed, and a thread's stack has not room for so many of these. */
         if (Py_EnterRecursiveCall(" while leading")) return NULL;
     #endif
@@ -54,11 +75,12 @@ cdef extern from *:
             value = PyObject_CallNoArgs(function);
             Py_LeaveRecursiveCall();
         }
-    #if PY_VERSION_HEX >= 0x030C0000 && PY_VERSION_HEX < 0x030E0000
+    #if PY_VERSION_HEX >= 0x030C0000
         Py_LeaveRecursiveCall();
     #endif
         return value;
     }
+    #endif
     /* As PyObject_TypeCheck, which has to look through the bases even of a ShardedFlight. */
     #define shardedflight_is_instance(object, type) \
         (Py_TYPE(object)->tp_base == (type) || PyObject_TypeCheck(object, type))
@@ -90,14 +112,10 @@ cdef extern from *:
     #endif
     /* How many leads there were: those that a thread has at one time are nested in this order.
        With the GIL one count is enough for all threads. */
-    #if !defined(Py_GIL_DISABLED)
-    static long long shardedflight_leads = 0;
-    #elif defined(_MSC_VER)
-    static __declspec(thread) long long shardedflight_leads = 0;
-    #elif defined(__GLIBC__)
-    static __thread long long shardedflight_leads __attribute__((tls_model("initial-exec"))) = 0;
+    #if defined(Py_GIL_DISABLED)
+    static shardedflight_thread long long shardedflight_leads = 0;
     #else
-    static __thread long long shardedflight_leads = 0;
+    static long long shardedflight_leads = 0;
     #endif
     """
     int64_t leads "shardedflight_leads"
