@@ -682,7 +682,8 @@ def test_a_field_that_comes_twice_is_in_the_key_twice() -> None:
 def test_what_makes_a_request_suspect_may_be_in_the_key_too() -> None:
     async def main() -> None:
         app = App()
-        middleware = CoalesceMiddleware(app, routes=["/"], key_headers=["Cache-Control"])
+        options: Any = {"key_headers": ["Cache-Control"], "follower_timeout": 2 * PATIENCE}
+        middleware = CoalesceMiddleware(app, routes=["/"], **options)
         fields = [[(b"cache-control", value)] for value in (b"max-age=0", b"max-age=1")]
         exchanges = [Exchange(middleware, headers=headers) for headers in fields]
         await eventually_async(lambda: app.runs == 2)
