@@ -665,6 +665,34 @@ def test_names_in_capitals_are_read_all_the_same() -> None:
     run(main)
 
 
+def test_a_field_that_comes_twice_is_in_the_key_twice() -> None:
+    async def main() -> None:
+        app = App()
+        middleware = CoalesceMiddleware(app, routes=["/"])
+        fields = [[(b"accept", b"a")], [(b"accept", b"a")] * 2, [(b"accept", b"a, a")]]
+        exchanges = [Exchange(middleware, headers=headers) for headers in fields]
+        await waiting(middleware, 1)
+        app.gate.set()
+        bodies = [(await exchange.done()).body for exchange in exchanges]
+        assert bodies[0] != bodies[1] == bodies[2]
+
+    run(main)
+
+
+def test_what_makes_a_request_suspect_may_be_in_the_key_too() -> None:
+    async def main() -> None:
+        app = App()
+        options: Any = {"key_headers": ["Cache-Control"], "follower_timeout": 2 * PATIENCE}
+        middleware = CoalesceMiddleware(app, routes=["/"], **options)
+        fields = [[(b"cache-control", value)] for value in (b"max-age=0", b"max-age=1")]
+        exchanges = [Exchange(middleware, headers=headers) for headers in fields]
+        await eventually_async(lambda: app.runs == 2)
+        app.gate.set()
+        assert [(await exchange.done()).body for exchange in exchanges] == [b"1", b"2"]
+
+    run(main)
+
+
 def test_the_key_is_what_came_whatever_the_application_makes_of_it() -> None:
     """An inner middleware changes the list of fields in place, before the answer says Vary."""
 

@@ -296,6 +296,20 @@ def test_a_client_that_the_server_knows_passes_through(changes: dict[str, str]) 
     assert middleware.stats().passed == {"credentials": 1}
 
 
+def test_an_empty_length_is_no_body() -> None:
+    """PEP 3333 allows it, and uWSGI does it."""
+    middleware = CoalesceMiddleware(plain, routes=["/"])
+    Exchange(middleware, CONTENT_LENGTH="", CONTENT_TYPE="").serve()
+    assert middleware.stats().passed == {}
+
+
+@pytest.mark.parametrize("field", ["HTTP_COOKIE", "HTTP_AUTHORIZATION", "HTTP_X_API_KEY"])
+def test_a_field_that_says_who_asks_does_so_when_it_is_empty(field: str) -> None:
+    middleware = CoalesceMiddleware(plain, routes=["/"])
+    Exchange(middleware, **{field: ""}).serve()
+    assert sum(middleware.stats().passed.values()) == 1
+
+
 @pytest.mark.parametrize("verify", ["NONE"])
 def test_a_server_that_says_it_knows_nobody_is_believed(verify: str) -> None:
     middleware = CoalesceMiddleware(plain, routes=["/"])

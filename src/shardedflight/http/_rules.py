@@ -14,7 +14,7 @@ import enum
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, AnyStr, NamedTuple, TypeAlias, TypedDict
 
 __all__ = [
     "DECLARES",
@@ -29,6 +29,7 @@ __all__ = [
     "Verdict",
     "Where",
     "fold",
+    "has",
 ]
 
 #: Header fields in the order of the message. Text is Latin-1, as in PEP 3333.
@@ -208,6 +209,15 @@ def fold(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
         key = name.lower()
         found[key] = f"{found[key]}, {value}" if key in found else value
     return found
+
+
+def has(headers: Iterable[tuple[AnyStr, AnyStr]], name: AnyStr) -> bool:
+    """Whether there is a field of that lower-case name: less work than to fold them all."""
+    length = len(name)
+    for field, _ in headers:  # noqa: SIM110 - `any` would take a frame for each field
+        if len(field) == length and field.lower() == name:
+            return True
+    return False
 
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"

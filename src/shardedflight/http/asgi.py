@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ._rounds import Adapter, Caller, Rounds
-from ._rules import DECLARES, JUDGED, Pass, Refusal, Request, Shared, Verdict, fold
+from ._rules import DECLARES, JUDGED, Pass, Refusal, Request, Shared, Verdict, fold, has
 from ._run import TaskRun
 
 __all__ = ["CoalesceMiddleware"]
@@ -118,7 +118,8 @@ class CoalesceMiddleware(Adapter[App]):
         identified = "extensions" in native and _identified(native)
         authorized = False
         if identified or not rules.suspect.isdisjoint(fields):
-            refused = rules.refuse(_text(fields), identified=identified)
+            suspect = {name: fields[name] for name in rules.suspect & fields.keys()}
+            refused = rules.refuse(_text(suspect), identified=identified)
             if refused is not None:
                 return refused
             authorized = "authorization" in fields
@@ -163,15 +164,22 @@ def _by_raw_name(names: Iterable[str]) -> dict[bytes, str]:
 
 
 _JUDGED = _by_raw_name(JUDGED)
+_DECLARES = DECLARES.encode("latin-1")
 
 
 def _pick(headers: Any, wanted: Mapping[bytes, str]) -> dict[str, bytes]:
     """The folded fields that are wanted. Most of a browser's fields decide nothing."""
     len(headers)  # an iterator has none, and is not used up
+    found: dict[str, bytes] = {}
+    get = wanted.get
     try:
-        pairs = [(wanted[low], value) for n, value in headers if (low := n.lower()) in wanted]
-        found: dict[str, bytes] = dict(pairs)
-        if len(found) == len(pairs):
+        for raw, value in headers:
+            name = get(raw.lower())
+            if name is not None:
+                if name in found:
+                    break
+                found[name] = value
+        else:
             return found
     except TypeError:  # a name that is no bytes, but like them
         pass
@@ -215,8 +223,9 @@ def _send_observed(
     if message["type"] == "http.response.start":
         message = _rereadable(message)
         try:
-            judged = _pick(message.get("headers", ()), _JUDGED)
-            if request.shareable or DECLARES in judged:
+            headers = message.get("headers", ())
+            if request.shareable or has(headers, _DECLARES):
+                judged = _pick(headers, _JUDGED)
                 rounds.reconsider(request, message["status"], _text(judged))
         except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
             rounds.count_error(error, passed=False)

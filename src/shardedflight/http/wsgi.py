@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from ._rounds import Adapter, Caller, Rounds
-from ._rules import DECLARES, Pass, Refusal, Request, Verdict, fold
+from ._rules import DECLARES, Pass, Refusal, Request, Verdict, fold, has
 from ._run import ThreadRun
 
 __all__ = ["CoalesceMiddleware"]
@@ -28,6 +28,7 @@ StartResponse: TypeAlias = Callable[..., Write]
 App: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 #: What servers say of a client that they have authenticated.
+_VERIFIED = "SSL_CLIENT_VERIFY"
 _IDENTITIES = ("REMOTE_USER", "SSL_CLIENT_CERT", "SSL_CLIENT_S_DN", "SSL_CLIENT_M_SERIAL")
 
 
@@ -55,9 +56,10 @@ class CoalesceMiddleware(Adapter[App]):
 
     def _prepare(self) -> None:
         rules = self._rules
-        self._suspect = _keys_of(rules.suspect)
-        self._keyed = _keys_of(rules.keyed)
-        self._watched = self._suspect | self._keyed
+        self._suspect = {_key_of(name): name for name in rules.suspect}
+        #: What makes a request worth a closer look. Most have none of it.
+        self._watched = frozenset([*self._suspect, *_IDENTITIES, _VERIFIED])
+        self._keyed = tuple(map(_key_of, rules.keyed))
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answers one request."""
@@ -92,25 +94,27 @@ class CoalesceMiddleware(Adapter[App]):
             return refused
         # The path as it came, where the server tells: gunicorn, uWSGI and mod_wsgi do.
         raw = native.get("RAW_URI") or native.get("REQUEST_URI")
-        fields = {key: native[key] for key in self._watched & native.keys()}
-        identified = _identified(native)
         authorized = False
-        if identified or not self._suspect.isdisjoint(fields):
-            folded = _all(fields)
-            refused = rules.refuse(folded, identified=identified)
+        if not self._watched.isdisjoint(native):
+            suspect = {
+                self._suspect[key]: native[key]
+                for key in self._suspect.keys() & native.keys()
+                if native[key] or key not in _BARE
+            }
+            refused = rules.refuse(suspect, identified=_identified(native))
             if refused is not None:
                 return refused
-            authorized = "authorization" in folded
-            fields = {key: fields[key] for key in self._keyed & fields.keys()}
+            authorized = "authorization" in suspect
         scheme = native.get("wsgi.url_scheme", "http")
         query = native.get("QUERY_STRING", "")
-        key = (method, scheme, script, info, query, raw, frozenset(fields.items()), authorized)
+        fields = map(native.get, self._keyed)
+        key = (method, scheme, script, info, query, raw, *fields, authorized)
         read = partial(_all, native.copy())
         return Request(key, path, read, authorized, rules.shareable(path, native))
 
 
 def _identified(environ: Environ) -> bool:
-    if environ.get("SSL_CLIENT_VERIFY", "NONE") != "NONE":
+    if environ.get(_VERIFIED, "NONE") != "NONE":
         return True
     return any(map(environ.get, _IDENTITIES))
 
@@ -119,10 +123,10 @@ def _identified(environ: Environ) -> bool:
 _BARE = ("CONTENT_LENGTH", "CONTENT_TYPE")
 
 
-def _keys_of(names: Iterable[str]) -> frozenset[str]:
-    """Where the environ has header fields."""
-    keys = [name.upper().replace("-", "_") for name in names]
-    return frozenset([key if key in _BARE else f"HTTP_{key}" for key in keys])
+def _key_of(name: str) -> str:
+    """Where the environ has a header field."""
+    key = name.upper().replace("-", "_")
+    return key if key in _BARE else f"HTTP_{key}"
 
 
 def _all(environ: Environ) -> dict[str, str]:
@@ -145,9 +149,8 @@ def _start_observed(
     *exc_info: Any,
 ) -> Write:
     try:
-        judged = fold(headers)
-        if request.shareable or DECLARES in judged:
-            rounds.reconsider(request, _code(status), judged)
+        if request.shareable or has(headers, DECLARES):
+            rounds.reconsider(request, _code(status), fold(headers))
     except Exception as error:  # noqa: BLE001 - the answer goes on as if nobody had looked
         rounds.count_error(error, passed=False)
     return start_response(status, headers, *exc_info)
