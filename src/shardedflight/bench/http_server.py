@@ -70,7 +70,11 @@ def serve_asgi(middleware: asgi.CoalesceMiddleware | None) -> None:
     config = uvicorn.Config(
         app, log_level="error", access_log=False, lifespan="off", timeout_keep_alive=_LONG
     )
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    # asyncio switches Nagle's delay off only where the protocol is named, as where uvicorn binds for
+    # itself. With it the client would wait for most of its answers, and the server be idle.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(128)
     _tell(listener.getsockname()[1])
     uvicorn.Server(config).run(sockets=[listener])
 
