@@ -30,6 +30,7 @@ from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 import shardedflight
 from shardedflight import ShardedFlight
 from shardedflight._lock import SteadyLock
+from shardedflight.backends.host import HostBackend
 
 #: What Python 3.12 and later say about what these tests are for.
 forks = [
@@ -388,6 +389,31 @@ def test_a_fork_on_a_thread_that_leads_another_key() -> None:
     os.close(write)
     _wait_for_child(pid, read)
     assert flight.in_flight() == 0
+
+
+@need_fork
+def test_a_child_does_not_drop_its_parents_pools(tmp_path: Path) -> None:
+    # It would hang where a thread that is gone has the own lock of the pool's queue.
+    backend = HostBackend(tmp_path)
+    flight = ShardedFlight(backend=backend)
+    assert flight.do_future(lambda: 1, "k").result(PATIENCE) == (1, False)
+
+    async def call() -> Any:
+        return await flight.do_async(answer, "k")
+
+    async def answer() -> int:
+        return 1
+
+    assert spawn_loop(call).result(PATIENCE) == (1, False)
+    pools = [weakref.ref(pool) for pool in (flight._pool, backend._pool) if pool is not None]
+    assert len(pools) == 2
+
+    def child() -> None:
+        gc.collect()
+        assert all(pool() is not None for pool in pools)
+        assert flight.do_future(lambda: 2, "k").result(PATIENCE) == (2, False)
+
+    in_child(child)
 
 
 @need_fork

@@ -39,7 +39,7 @@ from ._core import (
 )
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, held_up, leading_code, pause
 from ._future import FlightFuture
-from ._lock import SteadyLock
+from ._lock import SteadyLock, pools_of_parents
 from ._observe import (
     Departure,
     Observer,
@@ -798,6 +798,7 @@ class ShardedFlight(Core):
 
     def _after_fork_in_child(self) -> None:
         self._orphan()
+        pools_of_parents.append(self._pool)
         self._pool = None
         if self._tier is not None:
             self._tier.restart()

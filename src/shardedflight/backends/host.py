@@ -32,7 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from shardedflight._lock import SteadyLock
+from shardedflight._lock import SteadyLock, pools_of_parents
 from shardedflight._tier import Lead, Sealed, Turn
 from shardedflight.exceptions import BackendError
 
@@ -553,6 +553,7 @@ def _after_fork_in_child() -> None:
             os.close(fd)
     _held.clear()
     for backend in list(_backends):
+        pools_of_parents.append(backend._pool)
         backend._restart()
 
 

@@ -70,8 +70,8 @@ def serve_asgi(middleware: asgi.CoalesceMiddleware | None) -> None:
     config = uvicorn.Config(
         app, log_level="error", access_log=False, lifespan="off", timeout_keep_alive=_LONG
     )
-    # asyncio switches Nagle's delay off only where the protocol is named, as where uvicorn binds for
-    # itself. With it the client would wait for most of its answers, and the server be idle.
+    # asyncio switches Nagle's delay off only where the protocol is named, as it is where uvicorn
+    # binds for itself. With it the client would wait for most answers, and the server be idle.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(128)
