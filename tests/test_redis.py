@@ -685,6 +685,66 @@ def turns(backend: RedisBackend) -> list[Any]:
     return [turn for follow in list(backend._follows.values()) for turn in follow.turns]
 
 
+# -- callers that have left -----------------------------------------------------------------------
+
+
+def comes_and_leaves(flight: ShardedFlight, comes: Callable[[], bool]) -> None:
+    """A coroutine's call for "k", which is cancelled once it has come."""
+
+    async def main() -> None:
+        caller = asyncio.create_task(flight.do_async(unreached, "k"))
+        while not comes():
+            await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+
+    asyncio.run(main())
+    assert flight.in_flight() == 0
+
+
+async def unreached() -> None:
+    raise AssertionError
+
+
+def test_who_has_left_before_the_leader_came_does_not_share(backend: RedisBackend) -> None:
+    """Found by the soak: the keeper asked for it after the leader, which was told of a follower."""
+    flight = ShardedFlight(backend=backend)
+    flight.do(lambda: "connects", "other")
+    keeper_waits, goes_on, asked = threading.Event(), threading.Event(), threading.Event()
+
+    def held_up() -> None:
+        keeper_waits.set()
+        goes_on.wait(PATIENCE)
+
+    backend.wake_to(held_up)
+    assert keeper_waits.wait(PATIENCE)
+    comes_and_leaves(flight, lambda: len(backend._tasks) > 0)
+    backend.wake_to(asked.set)
+
+    def function() -> str:
+        goes_on.set()
+        assert asked.wait(PATIENCE)  # what it asked for is queued, before the end of this
+        return "row"
+
+    assert flight.do(function, "k") == ("row", False)
+
+
+def test_who_leaves_before_the_request_is_sent_asks_for_nothing(
+    server: Valkey, backend: RedisBackend
+) -> None:
+    flight = ShardedFlight(backend=backend)
+    flight.do(lambda: "connects", "other")
+    (last,) = keys(server, "*:t")
+    token = server.do("GET", last)
+    (node,) = backend._nodes.values()
+    with node._sending:  # nothing goes to the server
+        comes_and_leaves(flight, lambda: len(node.queue) > 0)
+    backend.wake()
+    eventually(lambda: not turns(backend), "the end of its request")
+    assert server.do("GET", last) == token
+    assert flight.do(lambda: "row", "k") == ("row", False)
+
+
 # -- construction ---------------------------------------------------------------------------------
 
 
