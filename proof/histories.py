@@ -354,7 +354,6 @@ class _Checked:
     def __init__(self, histories: Iterable[History]) -> None:
         histories = list(histories)
         self.cancels = all(history.cancels for history in histories)
-        self.processes = len({history.process for history in histories}) > 1
         #: Values cross processes: their number is not the only one there may be.
         self.abroad = any(history.plain for history in histories)
         self.calls = [call for history in histories for call in history.calls]
@@ -440,10 +439,10 @@ def _may_serve(checked: _Checked, execution: Execution, call: Call) -> bool:
     """Whether `call`, which names no execution, can have been served by this one."""
     if execution.ended is None or call.ended is None or execution.ended > call.ended:
         return False
-    if checked.processes:  # settled in each process at another time
-        return True
     leader = checked.called[execution.call]
-    return leader.ended is None or leader.outcome not in SERVED or call.begun <= leader.ended
+    if leader.ended is None or leader.outcome not in SERVED:
+        return True
+    return call.begun <= leader.ended or (checked.abroad and _late(checked, call, leader.ended))
 
 
 def _overlap(checked: _Checked) -> Iterator[Violation]:
@@ -475,18 +474,23 @@ def _overlap_abroad(
     So who comes after it was settled at home has met somebody who came before.
     """
     for call in calls:
-        if call.begun > settled and not any(
-            # One who has left may lead on, for those who wait.
-            other.begun <= settled
-            and (
-                other.outcome in (Outcome.LEFT, Outcome.CLOSED)
-                or other.ended is None
-                or other.ended >= call.begun
-            )
-            for other in checked.by_key[call.key]
-            if other.process == call.process
-        ):
+        if call.begun > settled and not _late(checked, call, settled):
             yield Violation("overlap", f"{call} came after it was settled: {execution}")
+
+
+def _late(checked: _Checked, call: Call, settled: int) -> bool:
+    """Whether `call` may have met somebody of its process who came before."""
+    return any(
+        # One who has left may lead on, for those who wait.
+        other.begun <= settled
+        and (
+            other.outcome in (Outcome.LEFT, Outcome.CLOSED)
+            or other.ended is None
+            or other.ended >= call.begun
+        )
+        for other in checked.by_key[call.key]
+        if other.process == call.process
+    )
 
 
 def _waits(checked: _Checked) -> Iterator[Violation]:

@@ -360,6 +360,20 @@ def test_nobody_joins_what_was_settled_before_its_process_came() -> None:
     assert first.rules(second) == []
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_who_learns_late_that_there_is_nothing_has_met_somebody(processes: int) -> None:
+    scripts = [Script(number, plain=True) for number in range(1, processes + 1)]
+    first, last = scripts[0], scripts[-1]
+    leader = first.call(0, 20, how="do_many")
+    first.serve(first.run(leader, 1, 15, End.MISSING), leader)
+    last.forget(2, 3)  # so that the next one asks the backend, even in the same process
+    follower = last.leave(last.call(4, 30), Outcome.MISSING)
+    last.leave(last.call(25, 30), Outcome.MISSING)
+    assert first.rules(*scripts[1:]) == []
+    last.history.calls.remove(follower)
+    assert first.rules(*scripts[1:]) == ["origin"]
+
+
 def test_a_forget_holds_in_all_processes() -> None:
     first, second, follower, _ = two_processes()
     follower.begun = 8

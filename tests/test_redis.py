@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -683,6 +683,111 @@ def test_who_asks_is_not_made_to_ask_twice(two: list[RedisBackend]) -> None:
 
 def turns(backend: RedisBackend) -> list[Any]:
     return [turn for follow in list(backend._follows.values()) for turn in follow.turns]
+
+
+# -- callers that have left -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def flight(backend: RedisBackend) -> ShardedFlight:
+    """Its backend has a connection."""
+    flight = ShardedFlight(backend=backend)
+    flight.do(lambda: "connects", "other")
+    return flight
+
+
+async def comes_and_leaves(
+    flight: ShardedFlight, caller: Coroutine[Any, Any, Any], comes: Callable[[], bool]
+) -> None:
+    """A coroutine's call, which is cancelled once it has come."""
+    abandoned = flight.stats().abandoned
+    task = asyncio.create_task(caller)
+    while not comes():
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert flight.stats().abandoned == abandoned + 1
+
+
+async def unreached(*_: Any) -> Any:
+    raise AssertionError
+
+
+class Keeper:
+    """Holds up the keeper's thread."""
+
+    def __init__(self, backend: RedisBackend) -> None:
+        self._backend = backend
+        self._goes_on = threading.Event()
+        waits = threading.Event()
+
+        def held_up() -> None:
+            waits.set()
+            self._goes_on.wait(PATIENCE)
+
+        backend.wake_to(held_up)
+        assert waits.wait(PATIENCE)
+
+    def catch_up(self) -> None:
+        """Has it do what it has to, up to now: what comes later is sent later."""
+        asked = threading.Event()
+        self._backend.wake_to(asked.set)
+        self._goes_on.set()
+        assert asked.wait(PATIENCE)
+
+
+def test_who_has_left_before_the_leader_came_does_not_share(
+    flight: ShardedFlight, backend: RedisBackend
+) -> None:
+    """Found by the soak: the keeper asked for it after the leader, which was told of a follower."""
+    keeper = Keeper(backend)
+    caller = flight.do_async(unreached, "k")
+    asyncio.run(comes_and_leaves(flight, caller, lambda: len(backend._tasks) > 0))
+    assert flight.do(lambda: keeper.catch_up() or "row", "k") == ("row", False)
+
+
+def test_who_has_left_one_of_many_keys_does_not_share(
+    flight: ShardedFlight, backend: RedisBackend
+) -> None:
+    """The run goes on for the other key, and asked for both."""
+
+    async def many(keys: list[str]) -> dict[str, str]:
+        assert keys == ["other"]
+        return {"other": "many's"}
+
+    async def main() -> None:
+        keeper = Keeper(backend)
+        follower: asyncio.Task[Any] | None = None
+
+        def comes() -> bool:
+            nonlocal follower
+            if follower is None and flight.in_flight() == 2:
+                follower = asyncio.create_task(flight.do_async(unreached, "other"))
+            return flight.stats().waiting == 1
+
+        await comes_and_leaves(flight, flight.do_many_async(many, ["k", "other"]), comes)
+        row = await asyncio.to_thread(flight.do, lambda: keeper.catch_up() or "row", "k")
+        assert row == ("row", False)
+        assert follower is not None
+        assert await follower == ("many's", False)
+
+    asyncio.run(main())
+    assert flight.in_flight() == 0
+
+
+def test_who_leaves_before_the_request_is_sent_asks_for_nothing(
+    server: Valkey, flight: ShardedFlight, backend: RedisBackend
+) -> None:
+    (last,) = keys(server, "*:t")
+    token = server.do("GET", last)
+    (node,) = backend._nodes.values()
+    with node._sending:  # nothing goes to the server
+        caller = flight.do_async(unreached, "k")
+        asyncio.run(comes_and_leaves(flight, caller, lambda: len(node.queue) > 0))
+    backend.wake()
+    eventually(lambda: not turns(backend), "the end of its request")
+    assert server.do("GET", last) == token
+    assert flight.do(lambda: "row", "k") == ("row", False)
 
 
 # -- construction ---------------------------------------------------------------------------------

@@ -623,13 +623,18 @@ class ShardedFlight(Core):
     def _leave(self, shard: Shard, record: Execution, waiter: Any) -> bool:
         left, unwanted = shard.leave(record, waiter, self._cancels)
         if unwanted is not None:
-            unwanted.abandon(record)
+            self._abandon(unwanted, record)
         return left
 
     def _leave_leader(self, shard: Shard, h: int, seat: Seat, leader: Run) -> None:
         unwanted = shard.leave_leader(h, seat, leader, self._cancels)
         if unwanted is not None:
-            leader.abandon(unwanted)
+            self._abandon(leader, unwanted)
+
+    def _abandon(self, leader: Run, record: Execution) -> None:
+        if self._tier is not None:
+            self._tier.abandon(record.seat)
+        leader.abandon(record)
 
     def _withdraw(self, shard: Shard, h: int, waiter: Any, joined: Execution | None) -> None:
         """A follower goes, even if it was to take over.

@@ -382,6 +382,8 @@ class Tier:
             (turn,) = self.backend.join([(name, reject)], here)
             asked.append(turn)
             yield [turn]
+            if turn.cancelled():
+                raise asyncio.CancelledError("the execution was abandoned")
             won = self._won(turn)
             if not isinstance(won, Sealed):
                 return won
@@ -464,6 +466,14 @@ class Tier:
         """The turns that the leader of `seat` has asked for."""
         known = self._abroad.get(id(seat))
         return None if known is None else known[1]
+
+    def abandon(self, seat: Seat) -> None:
+        """Nobody wants any more what the leader of `seat` asks for. It may go on, for other keys.
+
+        At once: who comes next leads anew, and is not to be told that this one follows.
+        """
+        for turn in self.asked_for(seat) or ():
+            turn.cancel()
 
     def lose(self, seat: Seat, asked: list[Turn]) -> None:
         """The leader of `seat` is lost, and does not know: its event loop was closed under it."""
@@ -658,12 +668,16 @@ class Party:
         for member, turn in zip(members, turns, strict=True):
             self._turns[member] = turn
             self._asked[member].append(turn)
+            record = member.shard.record(member.seat)
+            if record is not None and record.end is End.ABANDONED:  # before it was asked for
+                turn.cancel()
 
     def next(self, settle: Callable[[Any, Outcome], None]) -> Steps[list[Any]]:
         """Waits for the next keys for which the function is to run here; none: all are decided.
 
         Args:
-            settle: Takes a key, and the outcome that another process has found for it.
+            settle: Takes a key, and the outcome that another process has found for it; or
+                `End.LOST`, if nobody wants it any more.
         """
         tier = self._tier
         if self._members:
@@ -679,7 +693,11 @@ class Party:
                 yield list(self._turns.values())
                 continue
             for member in ready:
-                won = tier._won(self._turns.pop(member))
+                turn = self._turns.pop(member)
+                if turn.cancelled():  # abandoned
+                    settle(member, Outcome(End.LOST))
+                    continue
+                won = tier._won(turn)
                 if isinstance(won, Sealed):
                     self._join([member], [won.token])
                 elif isinstance(won, Outcome):

@@ -114,6 +114,10 @@ class _Request(Future[Any]):
             packed.append(b"$%d\r\n%b\r\n" % (len(content), content))
         return b"".join(packed)
 
+    def wanted(self) -> bool:
+        """Whether it is to be sent. Asked just before, by who sends."""
+        return True
+
     def answer(self, reply: Any) -> None:
         try:  # for each reply: `suppress` takes longer
             self.set_result(reply)
@@ -239,6 +243,9 @@ class _Node:
                 request.fail(self.broken)
             return
         try:
+            batch = [request for request in batch if request.wanted()]
+            if not batch:
+                return
             fresh = self._connection is None
             try:
                 if fresh:
@@ -619,7 +626,7 @@ class RedisBackend(Wire):
             f, r, t, g = self._keys(turn.name, "f", "r", "t", "g")
             lease = round(self.lease * 1000)
             args = (inbox, turn.number, lease, turn.followed, turn.reject)
-            request = _Request(_JOIN, self._shard(turn.name), (f, r, t, f"{g}:"), args)
+            request = _Join(turn, self._shard(turn.name), (f, r, t, f"{g}:"), args)
             request.add_done_callback(lambda done, turn=turn: self._joined(turn, done))  # type: ignore[misc]
             if turn_answered is not None:
                 request.add_done_callback(turn_answered)
@@ -976,6 +983,22 @@ class RedisBackend(Wire):
                 args = (round(self.lease * 1000), *(token for _, token in some))
                 requests.append(_Request(_BEAT, shard, keys, args))
         self._submit(requests)
+
+
+class _Join(_Request):
+    """A turn is asked for. Who had left before would count among those who follow."""
+
+    def __init__(
+        self, turn: _RedisTurn, shard: int, keys: Sequence[str], args: Sequence[Any]
+    ) -> None:
+        super().__init__(_JOIN, shard, keys, args)
+        self._turn = turn
+
+    def wanted(self) -> bool:
+        if not self._turn.done():
+            return True
+        self.set_exception(BackendError("its caller has left"))
+        return False
 
 
 class _Done(_Request):
