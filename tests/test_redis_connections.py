@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import os
 import ssl
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -101,6 +103,23 @@ def assert_all_steps_work(server: Valkey, first: Worker, second: Worker) -> None
     stats = [worker.stats() for worker in (first, second)]
     assert [one["fallbacks"] for one in stats] == [0, 0]
     assert [one["remote_follows"] for one in stats] == [0, 1]
+
+
+def test_nothing_is_imported_when_a_connection_is_made(serve: Any) -> None:
+    # A child that is forked meanwhile would wait for the lock of a module.
+    script = """
+import sys
+from shardedflight import ShardedFlight
+from shardedflight.backends.redis import RedisBackend
+flight = ShardedFlight(backend=RedisBackend(sys.argv[1]))
+before = set(sys.modules)
+assert flight.do(lambda: 1, "k") == (1, False)
+assert flight.stats().remote_leads == 1
+print(*(set(sys.modules) - before))
+"""
+    command = [sys.executable, "-c", script, serve().url]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == []
 
 
 def test_a_unix_socket(serve: Any, start: Any) -> None:

@@ -23,6 +23,7 @@ every call is told so at once.
 
 import contextlib
 import heapq
+import importlib.metadata
 import itertools
 import logging
 import os
@@ -34,6 +35,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from hashlib import sha1
+from importlib import import_module
 from typing import Any, cast
 
 import redis
@@ -60,6 +62,12 @@ from ._protocol import Codec, Wire
 __all__ = ["RedisBackend"]
 
 _log = logging.getLogger("shardedflight")
+
+# What redis-py imports when it connects. CPython does not renew the locks of modules in a forked
+# child: one that is forked while another thread imports them would wait for good when it connects.
+import_module("encodings.idna")
+with contextlib.suppress(ImportError):
+    importlib.metadata.version("redis")
 
 #: Requests that are sent in one go; and how many times a caller's thread does that for others.
 _BATCH, _HELP = 256, 8
