@@ -1071,16 +1071,15 @@ class Core:
         # CPython runs signal handlers at calls, and what they raise can strike at every call below.
         # So all of them, from the link on, are inside of one try, and the clean-up is made of steps
         # that may be done twice, and is done again when it is itself interrupted.
-        table = shard.table
         try:
-            if table.setdefault(h, seat) is seat and (
+            if shard.table.setdefault(h, seat) is seat and (
                 not shard.any_beside or h not in shard.overflow
             ):
                 next(shard.started)
                 value = fn()
                 if type(value) is CoroutineType:
                     self._refuse(shard, h, seat, value)
-                del table[h]
+                del shard.table[h]
                 if not shard.any_met:
                     return value, False
                 return self._serve(shard, h, seat, value)
