@@ -72,7 +72,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 #: Shards where threads really run at once, and where the GIL lets one run at a time.
-_SHARDS_FREE_THREADED = 2_048
+_SHARDS_FREE_THREADED = 2048
 _SHARDS_GIL = 1
 
 #: Makes a task and runs its coroutine's first step at once; Python 3.12 and later.
@@ -139,7 +139,7 @@ class ShardedFlight(Core):
 
     Args:
         shards: The number of independent tables, a power of two. By default 1 where the GIL lets
-            one thread run at a time, and 2,048 on free-threaded builds.
+            one thread run at a time, and 2048 on free-threaded builds.
         build_key: Makes a hashable key out of a call's parts. By default one part is its own key,
             and several are a tuple.
         hash: Maps a key to an int whose low bits pick the shard. By default Python's own hash,
