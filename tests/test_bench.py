@@ -217,8 +217,8 @@ SUPPORTED["follower-threads"] = SUPPORTED["do"]
 SUPPORTED["followers"] = SUPPORTED["do-async-inline"] = SUPPORTED["do-async"]
 
 
-#: What this library can not do without, measured beside it.
-BOUNDS = {
+#: What is measured beside this library, but for other libraries.
+BESIDE = {
     "do-async": leading.SHIELD,
     "do-async-inline": leading.ONE_TASK,
     "do-future": leading.SECOND_FUTURE,
@@ -226,9 +226,9 @@ BOUNDS = {
 }
 
 
-@pytest.mark.parametrize("name", BOUNDS)
-def test_what_bounds_a_figure_stands_beside_it(quick_run: Run, name: str) -> None:
-    (row,) = (row for row in quick_run.rows(name) if row["by"] == BOUNDS[name])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_a_figure_is_made_of_stands_beside_it(quick_run: Run, name: str) -> None:
+    (row,) = (row for row in quick_run.rows(name) if row["by"] == BESIDE[name])
     assert row["figure"] > 0
     assert row["target"] is None
 
@@ -246,7 +246,7 @@ def test_others_are_measured_where_they_are_installed(quick_run: Run, name: str)
     rows = {
         row["by"]: row
         for row in quick_run.rows(name)
-        if row["by"] not in {FORM, "plain", *BOUNDS.values()}
+        if row["by"] not in {FORM, "plain", *BESIDE.values()}
     }
     assert set(rows) == SUPPORTED[name]
     for package, row in rows.items():

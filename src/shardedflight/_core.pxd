@@ -259,12 +259,16 @@ cdef inline char** blocks_in(object memory):
     return lines_of(memory).blocks
 
 
-cdef inline line_t* line_made(lines_t* lines, size_t index) noexcept:
+cdef inline line_t* line_among(char** blocks, size_t stride, size_t index) noexcept:
     """A line in which somebody may have led, or NULL."""
-    cdef char* block = block_at(&lines.blocks[index >> BLOCK_BITS])
+    cdef char* block = block_at(&blocks[index >> BLOCK_BITS])
     if block == NULL:
         return NULL
-    return <line_t*>(block + (index & (BLOCK - 1)) * lines.stride)
+    return <line_t*>(block + (index & (BLOCK - 1)) * stride)
+
+
+cdef inline line_t* line_made(lines_t* lines, size_t index) noexcept:
+    return line_among(lines.blocks, lines.stride, index)
 
 
 cdef inline line_t* line_at(object memory, size_t index) except NULL:
@@ -356,16 +360,13 @@ cdef inline line_t* line_in(Core core, size_t index) except NULL:
     if core._memory is None:
         # A subclass has not called __init__, or the garbage collector has been here.
         raise RuntimeError("the flight has not been initialised")
-    cdef char* block = block_at(&core._blocks[index >> BLOCK_BITS])
-    if block == NULL:
-        return line_at(core._memory, index)
-    return <line_t*>(block + (index & (BLOCK - 1)) * core._stride)
+    cdef line_t* line = line_among(core._blocks, core._stride, index)
+    return line_at(core._memory, index) if line == NULL else line
 
 
 cdef inline bint is_line(Core core, size_t index, line_t* line) noexcept:
     """Whether the line is still the flight's: it has others in a forked child."""
-    cdef char* block = block_at(&core._blocks[index >> BLOCK_BITS])
-    return block + (index & (BLOCK - 1)) * core._stride == <char*>line
+    return line_among(core._blocks, core._stride, index) == line
 
 
 cdef inline object key_of_two(PyObject* part, PyObject* more):

@@ -803,8 +803,9 @@ class ShardedFlight(Core):
 
     def _after_fork_in_child(self) -> None:
         self._orphan()
-        pools_of_parents.append(self._pool)
-        self._pool = None
+        if self._pool is not None:
+            pools_of_parents.append(self._pool)
+            self._pool = None
         if self._tier is not None:
             self._tier.restart()
 

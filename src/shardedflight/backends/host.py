@@ -553,7 +553,8 @@ def _after_fork_in_child() -> None:
             os.close(fd)
     _held.clear()
     for backend in list(_backends):
-        pools_of_parents.append(backend._pool)
+        if backend._pool is not None:
+            pools_of_parents.append(backend._pool)
         backend._restart()
 
 

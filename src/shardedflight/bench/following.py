@@ -17,7 +17,7 @@ AskAsync: TypeAlias = Callable[
     [Callable[[], Coroutine[Any, Any, int]]], Callable[[], Coroutine[Any, Any, object]]
 ]
 
-#: What is measured beside this library: as little as followers can do.
+#: What is measured beside this library: a part of what followers do, alone.
 A_LIST = "a list of futures alone"
 
 #: Seconds in which threads that are about to sleep fall asleep.
@@ -86,7 +86,7 @@ def asking_async(flight: ShardedFlight) -> AskAsync:
 
 
 def asking_a_list() -> AskAsync:
-    """What bounds followers: each finds its key, and waits in the leader's list. None may leave."""
+    """A part of what followers do: each finds its key, and waits in a list. None may leave."""
     waiting: dict[str, list[asyncio.Future[int]]] = {}
 
     async def share(fn: Callable[[], Coroutine[Any, Any, int]], key: str) -> tuple[int, bool]:

@@ -28,7 +28,8 @@ from shardedflight.bench.basics import (
 )
 from shardedflight.bench.measure import Contender, Pair, Prepare
 
-#: What is measured beside this library: what it can not do without, and nothing else.
+#: What is measured beside this library: what the standard library has for leaving a task, and parts
+#: of what a call here does, alone.
 SHIELD = "`asyncio.shield` alone"
 ONE_TASK = "a task alone"
 SECOND_FUTURE = "a second future alone"
@@ -126,7 +127,7 @@ async def bare_leader(calls: int) -> float:
 
 
 async def shielded_task(calls: int) -> float:
-    """What bounds a leader that may leave: the standard library's way to await a task so."""
+    """The standard library's way to await a task that its caller may leave. It is no bound."""
     fn = suspends_once
     start = clock()
     for _ in repeat(None, calls):
@@ -145,7 +146,7 @@ async def task_leader(fn: Callable[[], Coroutine[Any, Any, int]]) -> int:
 
 
 async def one_task_each(calls: int) -> float:
-    """What bounds a leader that does not suspend: that its function runs in a task at all."""
+    """A part of what a leader does: its function runs in a task."""
     fn = constant_async
     start = clock()
     for _ in repeat(None, calls):
@@ -156,14 +157,14 @@ async def one_task_each(calls: int) -> float:
 def leading_async(
     fn: Callable[[], Coroutine[Any, Any, int]],
     floor: Callable[[int], Coroutine[Any, Any, float]],
-    bound: tuple[str, Callable[[int], Coroutine[Any, Any, float]]],
+    beside: tuple[str, Callable[[int], Coroutine[Any, Any, float]]],
 ) -> Prepare:
     """Makes the preparation of a benchmark about a coroutine that leads with `fn`.
 
     Args:
         fn: What it leads with.
         floor: The floor under it.
-        bound: What a leader can not do without, alone; and its name.
+        beside: What is measured beside it, and its name.
     """
 
     @contextmanager
@@ -172,7 +173,7 @@ def leading_async(
         with asyncio.Runner() as runner:
             runner.run(lead_async(flight, fn, calls))
             expect(flight.stats().executions, calls, "executions")
-            name, side = bound
+            name, side = beside
             yield [
                 Contender(who, Pair(ours, lambda: runner.run(floor(calls))))
                 for who, ours in (
@@ -206,7 +207,7 @@ def submit_pool(pool: Executor, calls: int) -> float:
 
 
 def submit_for_another(pool: Executor, calls: int) -> float:
-    """What bounds `do_future`: a future that its caller can leave, beside the executor's own."""
+    """A part of what `do_future` does: a future that can be left, beside the executor's own."""
     fn = constant
     start = perf_counter_ns()
     for _ in repeat(None, calls):
