@@ -36,7 +36,7 @@ peers = $1 -m pip install --disable-pip-version-check --quiet --no-deps -r requi
 .venv/%-$(KEY)/made: requirements/%.txt requirements/peers.txt requirements/build.txt pyproject.toml
 	$(unusable)@echo "Making $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install --disable-pip-version-check \
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --no-compile \
 		-r requirements/build.txt -r requirements/$*.txt
 	@$(if $(filter bench test,$*),$(call peers,$(@D)/bin/python))
 	@touch $@

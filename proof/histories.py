@@ -642,9 +642,8 @@ def _shared(checked: _Checked) -> Iterator[Violation]:
 
 def _ghosts(checked: _Checked, execution: Execution, served: Call) -> bool:
     """Whether somebody may have been counted as served who has left, or was not told."""
-    # A backend counts processes that have followed; those whom they followed for may have left
-    # before the end, or have turned to a newer execution.
-    ghosts = tuple(Outcome) if checked.abroad else _GHOSTS
+    # That nobody waits in a process any more is on its way to the backend for a moment.
+    ghosts = (*_GHOSTS, Outcome.TIMED_OUT) if checked.abroad else _GHOSTS
     since = execution.invoked if checked.abroad else execution.ended
     return any(
         call is not served

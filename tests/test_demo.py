@@ -361,6 +361,7 @@ def test_a_port_that_is_taken(tmp_path: Path, environment: dict[str, str]) -> No
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.once
 @needs_extra
 @pytest.mark.parametrize("place", ["absent/r.html", "file/r.html", "directory"])
 def test_a_report_that_cannot_be_written(
@@ -397,6 +398,7 @@ def test_no_directory_for_the_database(tmp_path: Path, environment: dict[str, st
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.once
 @needs_extra
 @pytest.mark.parametrize(
     ("limit", "status"), [("-H", 1), ("-S", 0)], ids=["not to be raised", "to be raised"]
@@ -423,6 +425,7 @@ def test_a_limit_of_open_files(
         assert leftovers(tmp_path) == []
 
 
+@pytest.mark.once
 @needs_extra
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("step", ["Database", "Load on /direct", "Load on /flight"])
@@ -445,6 +448,7 @@ def test_a_signal_leaves_nothing_behind(
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == "an older report"
 
 
+@pytest.mark.once
 @needs_extra
 def test_a_signal_while_the_report_is_drawn(tmp_path: Path, environment: dict[str, str]) -> None:
     with running(tmp_path, environment, *SMALL) as demo:
@@ -581,6 +585,7 @@ def test_a_server_that_cannot_be_reached(tmp_path: Path, environment: dict[str, 
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.once
 @needs_backends
 @pytest.mark.parametrize("backend", ["host", "valkey"])
 def test_a_signal_ends_all_processes(
@@ -613,6 +618,7 @@ def test_the_valkey_server_ends_with_the_demo(tmp_path: Path, environment: dict[
         eventually(lambda: not accepts(int(match[1])), "the end of the Valkey server")
 
 
+@pytest.mark.once
 @needs_backends
 def test_one_of_several_servers_that_dies_is_noticed(
     tmp_path: Path, environment: dict[str, str]

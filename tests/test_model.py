@@ -115,7 +115,7 @@ class Real:
         for inbox in INBOXES:
             self._listener.send_command("SSUBSCRIBE", inbox)
             self._listener.read_response()
-        names = ("JOIN", "DONE", "GIVE", "BEAT", "FORGET")
+        names = ("JOIN", "DONE", "GIVE", "LEAVE", "BEAT", "FORGET")
         self._scripts = {n: self._client.register_script(getattr(_scripts, n)) for n in names}
         self.f, self.r, self.t, self.g = (f"{{m:0}}:{kind}" for kind in "frtg")
         self._tokens: list[int] = []
@@ -163,6 +163,10 @@ class Real:
     def give(self, token: int) -> tuple[int, ...]:
         return (self._run("GIVE", [self.f, self._g(token)], self._real(token), NAME),)
 
+    def leave(self, token: int, inbox: int, number: int) -> tuple[int, ...]:
+        keys = [self.f, self._g(token)]
+        return (self._run("LEAVE", keys, self._real(token), INBOXES[inbox], number),)
+
     def beat(self, token: int) -> tuple[int, ...]:
         return (self._run("BEAT", [self.f, self._g(token)], LEASE, self._real(token)),)
 
@@ -205,7 +209,11 @@ class Real:
         fields: Any = self._client.hgetall(key)
         left: Any = self._client.pttl(key)
         assert left > 0
-        followers = frozenset(n for n, inbox in enumerate(INBOXES) if inbox.encode() in fields)
+        followers = frozenset(
+            (n, int(fields[inbox.encode()]))
+            for n, inbox in enumerate(INBOXES)
+            if inbox.encode() in fields
+        )
         assert len(fields) == 3 + len(followers)
         return Execution(
             self._number(fields[b"t"]),
@@ -242,6 +250,7 @@ DEED = st.one_of(
     st.tuples(st.just("join"), PROCESS, st.integers(1, 4), TOKEN, st.sampled_from([0, 0, 0, 1, 2])),
     st.tuples(st.just("done"), TOKEN, st.integers(1, 9), st.booleans(), st.booleans()),
     st.tuples(st.just("give"), TOKEN),
+    st.tuples(st.just("leave"), TOKEN, PROCESS, st.integers(1, 4)),
     st.tuples(st.just("beat"), TOKEN),
     st.tuples(st.just("forget"), TOKEN),
     st.tuples(st.just("tick"), TOKEN),

@@ -44,6 +44,8 @@ REQUIRED = {"SHARDEDFLIGHT_PURE": "", "SHARDEDFLIGHT_REQUIRE_COMPILED": "1"}
 EITHER = {"SHARDEDFLIGHT_PURE": "", "SHARDEDFLIGHT_REQUIRE_COMPILED": ""}
 AS_TESTED = REQUIRED if shardedflight.__compiled__ else PURE
 
+pytestmark = pytest.mark.around
+
 # Microsoft's compiler is found without them.
 needs_cc = pytest.mark.skipif(sys.platform == "win32", reason="CC names no compiler here")
 

@@ -223,6 +223,7 @@ def assert_works_after(changed: list[str], flight: ShardedFlight) -> None:
     assert_works(flight)
 
 
+@pytest.mark.around
 @pytest.mark.untraced
 @need_fork
 def test_a_hundred_forks_of_a_parent_that_never_rests() -> None:

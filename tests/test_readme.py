@@ -117,6 +117,7 @@ def test_a_block_says_its_language(block: Block) -> None:
     assert block.language.partition(" ")[0] in LANGUAGES | DIRECTIVES
 
 
+@pytest.mark.around
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)
 def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
     for module in modules_wanted(block.text):

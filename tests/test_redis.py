@@ -570,12 +570,13 @@ def two(server: Valkey) -> Iterator[list[RedisBackend]]:
         backend.close()
 
 
-def hears_a_forget(backend: RedisBackend) -> threading.Event:
+def hears(backend: RedisBackend, kind: bytes) -> threading.Event:
+    """Is set when it has heard a message of this kind."""
     heard, hear = threading.Event(), backend.hear
 
     def listen(content: bytes) -> None:
         hear(content)
-        if content.startswith(b"f"):
+        if content.startswith(kind):
             heard.set()
 
     backend.hear = listen  # type: ignore[method-assign]
@@ -594,7 +595,7 @@ def comes_anew(flight: ShardedFlight) -> "Future[Any]":
 
 def test_a_leader_that_ends_hears_that_others_have_forgotten(two: list[RedisBackend]) -> None:
     """Found by proof/model: until its end is published, its process joined it."""
-    heard = hears_a_forget(two[0])
+    heard = hears(two[0], b"f")
     flight = ShardedFlight(backend=two[0])
     runs, goes_on = threading.Event(), threading.Event()
 
@@ -622,7 +623,7 @@ def test_a_follower_that_joins_again_hears_that_others_have_forgotten(
 ) -> None:
     """Found by proof/model: what came between was passed over, for as long as the function ran."""
     first, second = (ShardedFlight(backend=backend) for backend in two)
-    heard = hears_a_forget(two[1])
+    heard = hears(two[1], b"f")
     runs, goes_on = threading.Event(), threading.Event()
 
     def function() -> str:
@@ -679,6 +680,62 @@ def test_who_asks_is_not_made_to_ask_twice(two: list[RedisBackend]) -> None:
     goes_on.set()
     leader.result(PATIENCE)
     follower.result(PATIENCE)
+
+
+def test_a_forget_of_before_does_not_concern_who_asks_now(two: list[RedisBackend]) -> None:
+    """Found by the soak: a message that came late let two functions run beside each other."""
+    backend = two[0]
+    flight = ShardedFlight(backend=backend)
+    late, comes, hear = threading.Event(), threading.Event(), backend.hear
+
+    def listen(content: bytes) -> None:
+        if content.startswith(b"f"):
+            late.wait(PATIENCE)
+        hear(content)
+        if content.startswith(b"f"):
+            comes.set()
+
+    backend.hear = listen  # type: ignore[method-assign]
+    assert flight.do(lambda: flight.forget("k") or "old", "k") == ("old", False)
+    (node,) = backend._nodes.values()
+    with node._sending:  # nothing goes to the server
+        first = spawn(flight.do, lambda: "new", "k")
+        eventually(lambda: len(node.queue) > 0, "its request")
+        late.set()
+        assert comes.wait(PATIENCE)
+        second = comes_anew(flight)
+    backend.wake()
+    assert first.result(PATIENCE) == second.result(PATIENCE) == ("new", True)
+    assert flight.stats().executions == 2
+
+
+def test_who_follows_a_lost_leader_is_joined_though_that_was_forgotten(
+    two: list[RedisBackend],
+) -> None:
+    """Found by the soak: a newcomer began anew, and so did the follower; both functions ran."""
+    first, second = (ShardedFlight(backend=backend) for backend in two)
+    forgotten, lost = hears(two[1], b"f"), hears(two[1], b"l")
+    runs, goes_on = threading.Event(), threading.Event()
+
+    def function() -> None:
+        runs.set()
+        goes_on.wait(PATIENCE)
+        raise SystemExit
+
+    leader = spawn(first.do, function, "k")
+    assert runs.wait(PATIENCE)
+    follower = spawn(second.do, lambda: "the heir's", "k")
+    eventually(lambda: any(turn.token for turn in turns(two[1])), "the follower")
+    first.forget("k")
+    assert forgotten.wait(PATIENCE)
+    keeper = Keeper(two[1])  # it would have the follower ask again
+    goes_on.set()
+    assert lost.wait(PATIENCE)
+    later = comes_anew(second)
+    keeper.catch_up()
+    assert follower.result(PATIENCE) == later.result(PATIENCE) == ("the heir's", True)
+    with pytest.raises(SystemExit):
+        leader.result(PATIENCE)
 
 
 def turns(backend: RedisBackend) -> list[Any]:

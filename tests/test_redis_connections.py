@@ -36,7 +36,7 @@ LEASE = 3.0
 #: What docs/tiers.md says that a user needs.
 RIGHTS = (
     "~{shardedflight:* &{shardedflight:* +evalsha +eval +ssubscribe +ping +hello +client|setinfo "
-    "+select +exists +hget +hmget +hset +hkeys +del +get +set +pexpire +pttl +rename +time "
+    "+select +exists +hdel +hget +hmget +hset +hkeys +del +get +set +pexpire +pttl +rename +time "
     "+spublish"
 )
 

@@ -13,6 +13,8 @@ from proof.references import ROUNDS, SLACK, Given, enough, given_to, leaked
 
 from shardedflight import ShardedFlight
 
+pytestmark = pytest.mark.around
+
 #: Of each outcome, with 1 shard and with 16: a million in all.
 CALLS = 62_500
 

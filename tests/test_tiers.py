@@ -9,8 +9,10 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,7 +38,9 @@ def marks(directory: Path) -> int:
     total = 0
     for file in directory.glob("?" * 40):
         with contextlib.suppress(FileNotFoundError):  # it has just ended
-            total += file.stat().st_size // 8
+            written = file.read_bytes()
+            times = Counter(written[at : at + 8] for at in range(0, len(written), 8))
+            total += sum(number % 2 for number in times.values())
     return total
 
 
@@ -71,6 +75,10 @@ class Host(Tier):
         """How many processes follow, of all keys."""
         return marks(self.directory)
 
+    def follows(self, turn: Any) -> bool:
+        """Whether it has come to follow."""
+        return turn.watch is not None
+
     def close(self) -> None:
         pass
 
@@ -79,7 +87,15 @@ def host(tmp_path: Path) -> Host:
     return Host(tmp_path / "flights")
 
 
-class OneServer(Tier):
+class Cluster(Tier):
+    """What the cluster tier has in common, on one server and on many."""
+
+    def follows(self, turn: Any) -> bool:
+        """Whether it has come to follow."""
+        return turn.token > 0
+
+
+class OneServer(Cluster):
     """The cluster tier on a single server."""
 
     def __init__(self) -> None:
@@ -104,7 +120,7 @@ class OneServer(Tier):
         self.server.stop()
 
 
-class ClusterOfThree(Tier):
+class ClusterOfThree(Cluster):
     """The cluster tier on a Cluster, the same for all tests."""
 
     _cluster: ValkeyCluster | None = None
@@ -441,6 +457,56 @@ def test_a_cancelled_follower_leaves_alone(tier: Any, start: Any) -> None:
     leader.let_return(1)
     assert values(leader.ends()) == values(other.ends()) == (1, True)
     eventually(lambda: second.stats()["in_flight"] == 0)
+
+
+@pytest.mark.parametrize("how", ["do", "do_async", "do_many_async"])
+def test_who_has_left_does_not_share(tier: Any, start: Any, how: str) -> None:
+    first, second = start(2)
+    for comes_again in (False, True):
+        leader = first.call("do", "k")
+        leader.runs()
+        follower = second.call(how, "k", timeout=0.2 if how == "do" else None)
+        eventually(lambda: tier.followers() == 1)
+        if how != "do":
+            follower.order("cancel")
+        assert "error" in follower.ends()
+        eventually(lambda: tier.followers() == 0)
+        if comes_again:
+            follower = second.call(how, "k")
+            eventually(lambda: tier.followers() == 1)
+        leader.let_return(1)
+        assert values(leader.ends()) == (1, comes_again)
+        if comes_again:
+            assert values(follower.ends()) == (1, True)
+
+
+@pytest.fixture
+def backends(tier: Any) -> Iterator[list[Any]]:
+    """As of two processes, in this one."""
+    with closing(tier.backend()) as first, closing(tier.backend()) as second:
+        yield [first, second]
+
+
+@pytest.mark.parametrize("leaves", [[], [0], [1], [0, 1], [1, 0]])
+def test_a_process_follows_until_the_last_of_its_turns_has_left(
+    tier: Any, backends: list[Any], leaves: list[int]
+) -> None:
+    first, second = backends
+    name = first.name(None, ("k",))
+    (leads,) = first.join([(name, 0)], True)
+    lead = leads.result(PATIENCE)
+    follow: list[Any] = []
+    for _ in range(2):
+        follow += second.join([(name, 0)], True)
+        eventually(partial(tier.follows, follow[-1]))
+    for number in leaves:
+        assert follow[number].cancel()
+    served = [turn for number, turn in enumerate(follow) if number not in leaves]
+    if not served:
+        eventually(lambda: tier.followers() == 0)
+    told = first.finish([(lead, b"outcome")], True)[0].result(PATIENCE)
+    assert told == (1 if served else 0)
+    assert [turn.result(PATIENCE).payload for turn in served] == [b"outcome"] * len(served)
 
 
 def test_forget_reaches_every_process(tier: Any, start: Any) -> None:

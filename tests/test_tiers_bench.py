@@ -18,7 +18,7 @@ from shardedflight.bench.basics import FORM
 from shardedflight.bench.command import NAMES
 from shardedflight.bench.targets import target_of
 
-pytestmark = pytest.mark.around
+pytestmark = [pytest.mark.around, pytest.mark.once]
 
 
 @pytest.fixture(scope="module")

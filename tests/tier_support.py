@@ -1,19 +1,22 @@
 """Worker processes for the tests of backends: see tier_worker.py."""
 
+import contextlib
 import itertools
-import json
+import multiprocessing
 import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
+import tier_worker
 from support import PATIENCE
 
-_WORKER = Path(__file__).with_name("tier_worker.py")
+#: Processes that are forked from one that has nothing but its imports: those take a second.
+_context: Any = multiprocessing.get_context(None if os.name == "nt" else "forkserver")
+_context.set_forkserver_preload(
+    ["tier_worker", "shardedflight.backends.host", "shardedflight.backends.redis"]
+)
 
 
 class Call:
@@ -55,12 +58,12 @@ class Worker:
     _numbers = itertools.count(1)
 
     def __init__(self, module: str, name: str, options: dict[str, Any]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(_WORKER), module, name, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        self._connection, its_own = _context.Pipe()
+        self.process = _context.Process(
+            target=tier_worker.main, args=(its_own, module, name, options), daemon=True
         )
+        self.process.start()
+        its_own.close()
         self.calls: dict[int, Call] = {0: Call(self, 0)}
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -70,15 +73,13 @@ class Worker:
         return self
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            event = json.loads(line)
-            self.calls[event["id"]].events.put(event)
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                event = self._connection.recv()
+                self.calls[event["id"]].events.put(event)
 
     def tell(self, **order: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+        self._connection.send(order)
 
     def new_call(self) -> Call:
         number = next(self._numbers)
@@ -101,21 +102,18 @@ class Worker:
         return call.expect("stats")
 
     def signal(self, number: int) -> None:
+        assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
     def stop(self) -> None:
-        if self.process.poll() is None:
+        if self.process.is_alive():
             self.signal(signal.SIGCONT)
             self.process.terminate()  # so that coverage.py can write what it has measured
-            self.process.wait()
+            self.process.join()
         self._reader.join()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:  # what it was told and has not read
-                pass
+        self._connection.close()
+        self.process.close()

@@ -1,4 +1,4 @@
-"""A worker process of the tests of backends: it does what it is told, line by line, as JSON.
+"""A worker process of the tests of backends: it does what it is told.
 
 Its functions say that they run, and wait to be told how to end. So a test decides the order of
 things across processes without guessing times.
@@ -6,21 +6,13 @@ things across processes without guessing times.
 
 import asyncio
 import importlib
-import json
-import sys
 import threading
 from concurrent.futures import Future
+from multiprocessing.connection import Connection
 from typing import Any
 
 from shardedflight import FlightErrorGroup, ShardedFlight, coalesce
 from shardedflight.backends import fencing_token
-
-_writing = threading.Lock()
-
-
-def say(**event: Any) -> None:
-    with _writing:
-        print(json.dumps(event), flush=True)
 
 
 def parts_of(parts: list[Any]) -> tuple[Any, ...]:
@@ -36,7 +28,11 @@ def only_the_key(worker: "Worker", call: int, *key: Any) -> Any:
 
 
 class Worker:
-    def __init__(self, module: str, name: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self, connection: Connection, module: str, name: str, options: dict[str, Any]
+    ) -> None:
+        self._connection = connection
+        self._saying = threading.Lock()
         make = getattr(importlib.import_module(f"shardedflight.backends.{module}"), name)
         self.backend = make(**options)
         self.flight = ShardedFlight(backend=self.backend, name="workers")
@@ -47,9 +43,13 @@ class Worker:
         self.gates: dict[int, Future[Any]] = {}
         self.calls: dict[int, Any] = {}
 
+    def say(self, **event: Any) -> None:
+        with self._saying:
+            self._connection.send(event)
+
     def gate(self, call: int, keys: Any) -> "Future[Any]":
         gate = self.gates[call] = Future()
-        say(id=call, event="running", keys=keys, token=fencing_token())
+        self.say(id=call, event="running", keys=keys, token=fencing_token())
         return gate
 
     def run(self, call: int, keys: Any = None) -> Any:
@@ -104,15 +104,15 @@ class Worker:
         except FlightErrorGroup as error:
             failed = {str(key): str(e) for key, e in error.failed.items()}
             found = [[key, *pair] for key, pair in error.found.items()]
-            say(id=call, event="done", failed=failed, found=found, error="FlightErrorGroup")
+            self.say(id=call, event="done", failed=failed, found=found, error="FlightErrorGroup")
         except BaseException as error:
             notes = getattr(error, "__notes__", [])
             kind = type(error).__name__
-            say(id=call, event="done", error=kind, message=str(error), notes=notes)
+            self.say(id=call, event="done", error=kind, message=str(error), notes=notes)
         else:
             if isinstance(value, dict):
                 value = [[[key, *pair] for key, pair in value.items()], None]
-            say(id=call, event="done", value=value[0], shared=value[1])
+            self.say(id=call, event="done", value=value[0], shared=value[1])
 
     def obey(self, order: dict[str, Any]) -> None:
         call = order["id"]
@@ -127,23 +127,23 @@ class Worker:
                 self.calls[call].cancel()
             case "forget":
                 self.flight.forget(*parts_of(order["parts"]))
-                say(id=call, event="forgotten")
+                self.say(id=call, event="forgotten")
             case "stats":
                 stats = self.flight.stats()
                 names = ("remote_leads", "remote_follows", "takeovers", "fenced", "fallbacks")
                 names += ("misses", "executions", "errors", "in_flight", "waiting", "timeouts")
                 names += ("forgotten",)
-                say(id=call, event="stats", **{name: getattr(stats, name) for name in names})
+                self.say(id=call, event="stats", **{name: getattr(stats, name) for name in names})
             case other:
                 raise ValueError(other)
 
 
-def main() -> None:
-    worker = Worker(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
-    say(id=0, event="ready")
-    for line in sys.stdin:
-        worker.obey(json.loads(line))
-
-
-if __name__ == "__main__":
-    main()
+def main(connection: Connection, module: str, name: str, options: dict[str, Any]) -> None:
+    worker = Worker(connection, module, name, options)
+    worker.say(id=0, event="ready")
+    while True:
+        try:
+            order = connection.recv()
+        except EOFError:
+            return
+        worker.obey(order)

@@ -50,13 +50,18 @@ class _BeatUnfenced(Server):
 
 
 class _JoinForgetsFollower(Server):
-    def register(self, store: Store, execution: Execution, inbox: int) -> Store:
+    def register(self, store: Store, execution: Execution, inbox: int, number: int) -> Store:
         return store
 
 
 class _JoinLeadsTwice(Server):
-    def same(self, lead: Execution, number: int) -> bool:
+    def same(self, lead: Execution, inbox: int, number: int) -> bool:
         return False
+
+
+class _LeaveTakesAll(Server):
+    def leaves(self, entry: tuple[int, int], inbox: int, number: int) -> bool:
+        return entry[0] == inbox
 
 
 class _OldForAll(Server):
@@ -199,6 +204,21 @@ PLANTED: tuple[Planted, ...] = (
         "a lead that comes after its caller has left is kept",
         Scenario(_PAIR, leaves=1),
         client=_client(gives_back=False),
+    ),
+    Planted(
+        "LEAVE does not look who has come since",
+        Scenario(_TWO_AND_ONE, leaves=1),
+        _LeaveTakesAll(),
+    ),
+    Planted(
+        "a follower leaves and does not say so",
+        Scenario(_PAIR, leaves=1),
+        client=_client(says_left=False),
+    ),
+    Planted(
+        "a follower that has left while it asked does not say so",
+        Scenario(_PAIR, leaves=1),
+        client=_client(says_left_late=False),
     ),
     Planted(
         "a process does not hear that others forget",

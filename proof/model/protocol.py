@@ -75,6 +75,8 @@ class Call(NamedTuple):
     token: int = 0
     followed: int = 0
     forgotten: int = 0
+    #: The number by which its process is entered in what it follows.
+    entered: int = 0
     #: Under which token its function runs, or has run.
     led: int = 0
     #: How often the keeper has been told to join again.
@@ -97,12 +99,16 @@ class Request(NamedTuple):
     call: int
     #: Of JOIN the number, else the token.
     number: int = 0
-    #: Of JOIN the token that was followed.
+    #: Of JOIN the token that was followed; of LEAVE the number.
     followed: int = 0
     reply: tuple[int, ...] | None = None
     repeated: bool = False
     #: A ghost: the tokens that were forgotten when the server had done it.
     forgotten: int = 0
+
+    def can_be_dropped(self, c: int) -> bool:
+        """Whether it is the caller's, to join, and was not sent."""
+        return (self.script, self.call, self.reply, self.repeated) == ("join", c, None, False)
 
 
 class Process(NamedTuple):
@@ -165,6 +171,9 @@ class Client:
     hears_while_opening = True
     #: Does not ask again while it asks.
     asks_once = True
+    #: Tells the server that it follows no more; also when it had left before it was answered.
+    says_left = True
+    says_left_late = True
 
 
 class _World:
@@ -228,17 +237,23 @@ class _World:
         """`Tier.check`, then it joins its process's leader or leads."""
         p = self.calls[c].process
         process = self.processes[p]
+        asks = False
         if process.seat >= 0:
             turn = self.calls[process.seat]
-            if turn.forgotten and turn.token <= turn.forgotten:
+            known = turn.token or turn.followed
+            if 0 < known <= turn.forgotten:
                 process = process._replace(seat=-1)
                 self.processes[p] = process
+            asks = known == 0 and turn.phase in _ASKING
         stale = process.told
         if process.seat < 0 and not self.scenario.hold:
             stale |= self.ended
         if self.faults == self.scenario.faults:
             on_the_way = sum(1 << m.token for m in process.messages if m.kind == "f")
             stale |= self.announced & ~on_the_way
+        if process.seat >= 0 and asks:
+            # What was heard since it asks may be what it is going to follow: nobody knows yet.
+            stale = self.calls[process.seat].stale
         if process.seat >= 0:
             self.call(c, phase=LOCAL, via=process.seat, stale=stale)
         else:
@@ -253,13 +268,41 @@ class _World:
     def join(self, c: int) -> None:
         """`_join`, once the inbox is known."""
         call = self.calls[c]
+        if call.left:
+            self.drop(c)
+            return
         requests = [*self.late, *(r for process in self.processes for r in process.requests)]
         used = {request.number for request in requests if request.script == "join"}
-        used.update(execution.number for execution in self.store.executions())
+        used.update(request.followed for request in requests if request.script == "leave")
+        used.update(call.entered for call in self.calls)
+        for execution in self.store.executions():
+            used.add(execution.number)
+            used.update(number for _, number in execution.followers)
         number = next(n for n in range(1, 100) if n not in used)
         followed = call.followed if self.client.says_followed else 0
         self.call(c, phase=JOINING)
         self.send(call.process, Request("join", c, number, followed))
+
+    def drop(self, c: int) -> None:
+        """What is not sent, for its caller has left: `_Join.wanted`."""
+        p = self.calls[c].process
+        requests = self.processes[p].requests
+        self.process(p, requests=tuple(r for r in requests if not r.can_be_dropped(c)))
+        self.unfollow(c)
+        self.over(c, LEFT)
+        self.clear_early(p)
+
+    def unfollow(self, c: int) -> None:
+        """`_leave`: its process does not wait any more, if no other caller does."""
+        call = self.calls[c]
+        self.call(c, entered=0)
+        others = (self.calls[other] for other in self.of(call.process) if other != c)
+        if (
+            call.entered
+            and self.client.says_left
+            and not any(o.phase in _PENDING and o.followed == call.followed for o in others)
+        ):
+            self.send(call.process, Request("leave", c, call.followed, call.entered))
 
     def leave(self, c: int) -> None:
         """The caller is cancelled, or interrupted. Another one of its process takes over."""
@@ -271,7 +314,9 @@ class _World:
                 self.send(call.process, Request("give", c, call.led))
         elif call.phase in (OPENING, JOINING):
             self.call(c, left=True)
+            self.unfollow(c)
         else:
+            self.unfollow(c)
             self.over(c, LEFT)
         here = [other for other in self.of(call.process) if self.calls[other].via == c]
         if here:
@@ -325,14 +370,14 @@ class _World:
             and self.forgets == self.scenario.forgets
         ):
             self.bad = "who has followed an execution whose outcome was published runs its own"
-        self.call(c, phase=RUNNING, led=token, token=token, again=0, watched=False)
+        self.call(c, phase=RUNNING, led=token, token=token, entered=0, again=0, watched=False)
 
     def alone(self, c: int) -> None:
         """The turn has failed: the function runs for its own process."""
         if self.calls[c].left:
             self.over(c, LEFT)
         else:
-            self.call(c, phase=ALONE, again=0, watched=False)
+            self.call(c, phase=ALONE, entered=0, again=0, watched=False)
 
     # -- commands ---------------------------------------------------------------------------------
 
@@ -347,7 +392,7 @@ class _World:
         """The server does the next command of a process."""
         requests = self.processes[p].requests
         request = self.run(requests[at])
-        unanswered = request.script in ("give", "beat") or not self.processes[p].alive
+        unanswered = request.script in ("give", "beat", "leave") or not self.processes[p].alive
         kept = () if unanswered else (request,)
         self.process(p, requests=(*requests[:at], *kept, *requests[at + 1 :]))
 
@@ -367,8 +412,12 @@ class _World:
                 result = server.done(before, token, c, self.scenario.hold, self.scenario.large)
                 if result[1][0] >= 0:
                     self.published |= 1 << token
+                    self.count(before, token)
             case "give":
                 result = server.give(before, token)
+            case "leave":
+                process = self.calls[c].process
+                result = server.leave(before, token, process, request.followed)
             case "beat":
                 result = server.beat(before, token)
                 for execution in before.executions():
@@ -389,6 +438,23 @@ class _World:
                 self.process(message.to, messages=(*process.messages, message))
         return request._replace(reply=reply, forgotten=self.forgotten)
 
+    def count(self, before: Store, token: int) -> None:
+        """Whom an end is shared with: somebody waits there, or has left only just now."""
+        execution = before.find(token)
+        if execution is None or self.faults < self.scenario.faults:
+            return
+        for p, _ in execution.followers:
+            waits = any(
+                self.calls[c].phase in _ASKING
+                or (self.calls[c].phase in _PENDING and self.calls[c].followed == token)
+                for c in self.of(p)
+            )
+            leaves = any(
+                (r.script, r.number) == ("leave", token) for r in self.processes[p].requests
+            )
+            if not waits and not leaves:
+                self.bad = "an outcome is shared with a process in which nobody waits"
+
     def receive(self, p: int) -> None:
         """The next answer arrives."""
         request, *rest = self.processes[p].requests
@@ -396,7 +462,7 @@ class _World:
         assert request.reply is not None
         c = request.call
         if request.script == "join":
-            self.joined(c, *request.reply)
+            self.joined(c, request.number, *request.reply)
         elif request.script == "done":
             if self.calls[c].phase == ENDING:
                 self.ended |= 1 << request.number
@@ -404,12 +470,12 @@ class _World:
         else:
             self.process(p, told=self.processes[p].told | request.forgotten, seat=-1)
 
-    def joined(self, c: int, kind: int, token: int, payload: int = 0) -> None:
+    def joined(self, c: int, number: int, kind: int, token: int, payload: int = 0) -> None:
         """`_joined`."""
         call = self.calls[c]
         if kind == 1:
             if call.phase in (OPENING, JOINING, FOLLOWING):
-                self.follow(c, token)
+                self.follow(c, number, token)
         elif kind == 2:
             if call.phase in _PENDING:
                 self.answer_from(c, token, payload)
@@ -426,13 +492,18 @@ class _World:
                 self.send(call.process, Request("give", c, token))
         self.clear_early(call.process)
 
-    def follow(self, c: int, token: int) -> None:
+    def follow(self, c: int, number: int, token: int) -> None:
         """`_follow`."""
         call = self.calls[c]
+        self.call(c, token=token, followed=token, entered=number)
+        for other in self.of(call.process):
+            if self.calls[other].phase in _PENDING and self.calls[other].followed == token:
+                self.call(other, entered=number)
         if call.left:
+            if self.client.says_left_late:
+                self.unfollow(c)
             self.over(c, LEFT)
             return
-        self.call(c, token=token, followed=token)
         early = [m for m in self.processes[call.process].early if m.token == token]
         if early:
             self.news(c, early[0])
@@ -492,7 +563,8 @@ class _World:
         if message.kind == "d":
             self.answer_from(c, message.token, message.payload)
         else:
-            self.call(c, phase=AGAIN)
+            forgotten = 0 if message.kind == "l" else self.calls[c].forgotten
+            self.call(c, phase=AGAIN, forgotten=forgotten)
             self.rejoin(c)
 
     def rejoin(self, c: int) -> None:
@@ -536,6 +608,7 @@ class _World:
         self.process(p, inbox=0, messages=())
         for c in self.of(p):
             if self.calls[c].phase == OPENING:
+                self.unfollow(c)
                 self.alone(c)
 
     def kill(self, p: int, late: bool) -> None:
@@ -698,6 +771,9 @@ class Protocol:
             yield ("join", c), STEP
         if call.again and phase != OPENING:
             yield ("again", c), STEP
+        requests = state.processes[call.process].requests
+        if call.left and any(request.can_be_dropped(c) for request in requests):
+            yield ("drop", c), STEP
         if phase == FOLLOWING and call.watched:
             yield ("bark", c), TIME
         if phase in (RUNNING, ALONE):
@@ -796,7 +872,7 @@ class Protocol:
 
 
 def _show_execution(kind: str, execution: Execution) -> str:
-    followers = ",".join(f"p{p}" for p in sorted(execution.followers))
+    followers = ",".join(f"p{p}" for p, _ in sorted(execution.followers))
     return f"{kind}={execution.token}(p{execution.leader}<-{followers or '-'})"
 
 

@@ -25,8 +25,8 @@ class Execution(NamedTuple):
     number: int
     #: `i`, the leader's process.
     leader: int
-    #: The processes that have a field.
-    followers: frozenset[int]
+    #: The processes that have a field, each with the number in it.
+    followers: frozenset[tuple[int, int]]
     #: Not renewed since time has passed; when it passes again, the lease ends.
     due: bool = False
 
@@ -94,7 +94,7 @@ class Server:
         if followed:
             forgotten = next((e for e in store.g if e.token == followed), None)
             if forgotten is not None:
-                return self.register(store, forgotten, inbox), (1, followed), ()
+                return self.register(store, forgotten, inbox, number), (1, followed), ()
         held = store.r
         if (
             held is not None
@@ -103,9 +103,9 @@ class Server:
         ):
             return store, (2, held.token, held.payload), ()
         if store.f is not None:
-            if self.same(store.f, number):
+            if self.same(store.f, inbox, number):
                 return store, (0, store.f.token), ()
-            return self.register(store, store.f, inbox), (1, store.f.token), ()
+            return self.register(store, store.f, inbox, number), (1, store.f.token), ()
         token = self.next_token(store)
         lead = Execution(token, number, inbox, frozenset())
         store = store._replace(f=lead, last=token, clock=max(store.clock, token))
@@ -115,14 +115,14 @@ class Server:
         """Whether a new caller may have an outcome."""
         return held.fresh
 
-    def same(self, lead: Execution, number: int) -> bool:
+    def same(self, lead: Execution, inbox: int, number: int) -> bool:
         """Whether the leader asks once more."""
-        return lead.number == number
+        return (lead.leader, lead.number) == (inbox, number)
 
-    def register(self, store: Store, execution: Execution, inbox: int) -> Store:
+    def register(self, store: Store, execution: Execution, inbox: int, number: int) -> Store:
         """Enters a follower."""
-        followers = execution.followers | {inbox}
-        return store.put(execution, execution._replace(followers=followers))
+        others = frozenset(entry for entry in execution.followers if entry[0] != inbox)
+        return store.put(execution, execution._replace(followers=others | {(inbox, number)}))
 
     def next_token(self, store: Store) -> int:
         """`max(now(), last + 1)`."""
@@ -136,7 +136,7 @@ class Server:
         self, execution: Execution, kind: str, token: int, payload: int
     ) -> tuple[Message, ...]:
         """A message to each follower."""
-        return tuple(Message(to, kind, token, payload) for to in sorted(execution.followers))
+        return tuple(Message(to, kind, token, payload) for to, _ in sorted(execution.followers))
 
     def done(self, store: Store, token: int, payload: int, hold: bool, large: bool) -> Result:
         """DONE. Answers how many were told, or FENCED."""
@@ -165,6 +165,19 @@ class Server:
         messages = self.tell(mine, "l", token, 0)
         return store.put(mine, None), (len(messages),), messages
 
+    def leave(self, store: Store, token: int, inbox: int, number: int) -> Result:
+        """LEAVE. Answers whether it was done, or FENCED."""
+        mine = self.mine(store, token)
+        if mine is None:
+            return store, (FENCED,), ()
+        gone = frozenset(entry for entry in mine.followers if self.leaves(entry, inbox, number))
+        store = store.put(mine, mine._replace(followers=mine.followers - gone))
+        return store, (len(gone),), ()
+
+    def leaves(self, entry: tuple[int, int], inbox: int, number: int) -> bool:
+        """Whether it is this follower who goes."""
+        return entry == (inbox, number)
+
     def beat(self, store: Store, token: int) -> Result:
         """BEAT, for one token. Answers how many go on."""
         mine = self.mine(store, token)
@@ -180,7 +193,7 @@ class Server:
         store = self.drop(store)
         if lead is None:
             return store, (0,), ()
-        followers = sorted(lead.followers)
+        followers = (to for to, _ in sorted(lead.followers))
         messages = tuple(Message(to, "f", lead.token) for to in (lead.leader, *followers))
         return self.put_aside(store, lead), (1,), messages
 

@@ -18,7 +18,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from proof.histories import Call, End, Execution, History, NamedError, Outcome
+from proof.histories import Call, End, Execution, Forget, History, NamedError, Outcome
 from shardedflight import (
     DeadlockError,
     FlightErrorGroup,
@@ -30,7 +30,7 @@ from shardedflight import (
 
 from .keys import KEYS, PLAIN_KEYS, Exit, Interrupt, Key, Lost, Plan
 
-__all__ = ["PATIENCE", "HungError", "Mix", "Mood"]
+__all__ = ["PATIENCE", "HungError", "Mix", "Mood", "watch_forgets"]
 
 #: Seconds after which a caller that has not come back is taken for hung.
 PATIENCE = 60.0
@@ -57,6 +57,24 @@ class Mood:
 
 class HungError(Exception):
     """Callers that do not come back. Says where everybody is."""
+
+
+#: What is being forgotten.
+_forgetting: ContextVar[Forget | None] = ContextVar("forgetting", default=None)
+
+
+def watch_forgets(backend: Any) -> None:
+    """Has the history know when the backend has forgotten: an event loop's thread does not wait."""
+    forget = backend.forget
+
+    def watched(name: bytes, lead: Any = None) -> "Future[None]":
+        done: Future[None] = forget(name, lead)
+        noted = _forgetting.get()
+        if noted is not None:
+            done.add_done_callback(lambda _: setattr(noted, "ended", time.monotonic_ns()))
+        return done
+
+    backend.forget = watched
 
 
 #: Which call a function that `coalesce` runs belongs to: it runs in its caller's context.
@@ -394,8 +412,13 @@ class Mix:
         if self.mood.meets:
             scope = "process" if asyncio._get_running_loop() is None else "nobody"
         forget = self.history.forget(key.text, scope)
-        self.flight.forget(*key.parts)
-        forget.ended = time.monotonic_ns()
+        before = _forgetting.set(forget)
+        try:
+            self.flight.forget(*key.parts)
+        finally:
+            _forgetting.reset(before)
+        if scope != "nobody":
+            forget.ended = time.monotonic_ns()
 
     def _look(self) -> None:
         """Totals never go backwards."""

@@ -24,7 +24,7 @@ from shardedflight import ShardedFlight
 from shardedflight.observe import Observer
 
 from .census import census, left_behind
-from .mix import PATIENCE, HungError, Mix, Mood
+from .mix import PATIENCE, HungError, Mix, Mood, watch_forgets
 from .tally import compare
 
 __all__ = ["main"]
@@ -96,6 +96,8 @@ class _Worker:
             self.meeting["redis"] = ShardedFlight(
                 backend=RedisBackend(options["redis"]), name="soak"
             )
+        for flight in self.meeting.values():
+            watch_forgets(cast("Any", flight._tier).backend)
 
     def window(self, order: dict[str, Any]) -> dict[str, Any]:
         """One window."""

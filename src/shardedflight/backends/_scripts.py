@@ -2,9 +2,10 @@
 
 For one name there are these keys, all in one slot of a cluster:
 
-- `f`, a hash: the execution that can be joined. `t` its token, `n` the number that its leader made
-  up for its request, `i` the leader's inbox; and a field for each follower's inbox. It expires with
-  the lease.
+- `f`, a hash: the execution that can be joined. `t` its token, `i` the leader's inbox, `n` the
+  number that the leader's process made up for its request; and for each process that follows a
+  field, its inbox, with the number of the request by which it came to follow. It expires with the
+  lease.
 - `g` and the token, the same hash: an execution that was forgotten and still runs.
 - `r`, a hash: the last outcome `p`, of the token `t`, which new callers may have until `u`.
 - `t`: the greatest token so far, for all names of the shard.
@@ -12,7 +13,7 @@ For one name there are these keys, all in one slot of a cluster:
 An inbox is a sharded channel. A message is a kind, the name, the token, a colon, and a payload.
 """
 
-__all__ = ["BEAT", "DONE", "FORGET", "GIVE", "JOIN"]
+__all__ = ["BEAT", "DONE", "FORGET", "GIVE", "JOIN", "LEAVE"]
 
 _NOW = """
 local function now()
@@ -32,7 +33,7 @@ JOIN = (
 if ARGV[4] ~= '0' then
   local forgotten = KEYS[4] .. ARGV[4]
   if redis.call('EXISTS', forgotten) == 1 then
-    redis.call('HSET', forgotten, ARGV[1], '')
+    redis.call('HSET', forgotten, ARGV[1], ARGV[2])
     return {1, ARGV[4], redis.call('PTTL', forgotten)}
   end
 end
@@ -43,10 +44,10 @@ if held[1] and held[1] ~= ARGV[5] then
     return {2, held[1], held[3]}
   end
 end
-local leads = redis.call('HMGET', KEYS[1], 't', 'n')
+local leads = redis.call('HMGET', KEYS[1], 't', 'n', 'i')
 if leads[1] then
-  if leads[2] == ARGV[2] then return {0, leads[1]} end
-  redis.call('HSET', KEYS[1], ARGV[1], '')
+  if leads[2] == ARGV[2] and leads[3] == ARGV[1] then return {0, leads[1]} end
+  redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
   return {1, leads[1], redis.call('PTTL', KEYS[1])}
 end
 local last = tonumber(redis.call('GET', KEYS[3]) or '0')
@@ -110,6 +111,17 @@ GIVE = (
 local told = tell('l' .. ARGV[2] .. ARGV[1] .. ':')
 redis.call('DEL', mine)
 return told
+"""
+)
+
+#: KEYS: f, g. ARGV: the token, my inbox, the number by which it came to follow. Nobody of my
+#: process waits any more: it is not told, and not counted. Somebody who has come since has a later
+#: number. Returns 1, or 0 if there is nothing to be done; -1: there is no such execution.
+LEAVE = (
+    _MINE
+    + """
+if redis.call('HGET', mine, ARGV[2]) ~= ARGV[3] then return 0 end
+return redis.call('HDEL', mine, ARGV[2])
 """
 )
 

@@ -8,7 +8,8 @@ nothing to guess. A leader that is stopped is not lost, its followers wait for i
 process waits for a shared lock; there is one for each key that the process follows. The leader
 takes the file's name away, looks for marks then, appends the outcome if there are any, and unlocks.
 All followers get the lock at once. One whose mark came too late finds no outcome and begins anew.
-The kernel removes the file when the last of them has closed it.
+When nobody of its process waits any more, a mark is taken back: it is appended once more. The
+kernel removes the file when the last of them has closed it.
 
 **A lost leader** leaves a lock that is free, and a file that can be written: who has ended well has
 made it read-only first. Its followers take the name away from the file, if it still has one, and
@@ -26,7 +27,7 @@ import struct
 import threading
 import time
 import weakref
-from _thread import RLock
+from _thread import RLock, start_new_thread
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -94,12 +95,16 @@ class _File:
             return False
 
     def read(self) -> tuple[set[bytes], bytes]:
-        """The marks that it has, and what follows them."""
+        """The marks that were not taken back, and what follows the marks."""
         data = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
         marks: set[bytes] = set()
         start = 0
         while data.startswith(_MARK, start):
-            marks.add(data[start : start + _MARK_SIZE])
+            mark = data[start : start + _MARK_SIZE]
+            if mark in marks and mark != _FORGOTTEN:
+                marks.remove(mark)
+            else:
+                marks.add(mark)
             start += _MARK_SIZE
         return marks, data[start:]
 
@@ -173,16 +178,29 @@ def _drop(file: _File) -> None:
 
 
 class _HostTurn(Turn):
+    _backend: "HostBackend"
+
     def __init__(self, backend: "HostBackend", name: bytes) -> None:
         super().__init__(backend)
         self.name = name
         #: What it leads or follows. Written by who enters it, before anybody can join it.
         self.file: _File | None = None
+        #: By which it follows. Under the backend's lock.
+        self.watch: _Watch | None = None
         #: How many leaders it has followed in vain, and whether the last one was lost.
         self.rounds = 0
         self.lost = False
         #: The token of an outcome that could not be read.
         self.reject = 0
+
+    def cancel(self) -> bool:
+        if not super().cancel():
+            return False
+        if self.file is not None:  # or who enters it will see it
+            # On another thread: it may be the garbage collector that does so, at any point.
+            with contextlib.suppress(RuntimeError):  # no more threads
+                start_new_thread(self._backend.leave, (self,))
+        return True
 
     def joinable(self) -> bool:
         file = self.file
@@ -200,13 +218,19 @@ class _HostTurn(Turn):
 class _Watch:
     """One key that this process follows: a thread that waits for its leader, and who is served."""
 
-    __slots__ = ("file", "name", "turns")
+    __slots__ = ("_mark", "file", "name", "turns")
 
-    def __init__(self, name: bytes, file: _File) -> None:
-        self.name = name
+    def __init__(self, turn: _HostTurn, file: _File) -> None:
+        self.name = turn.name
         self.file = file
+        self._mark = _MARK + os.urandom(_MARK_SIZE - len(_MARK))
+        self.mark()
         #: Under the backend's lock; None once the leader has ended.
-        self.turns: list[_HostTurn] | None = []
+        self.turns: list[_HostTurn] | None = [turn]
+
+    def mark(self) -> None:
+        """Somebody waits; or nobody does any more, every second time."""
+        os.write(self.file.fd, self._mark)
 
 
 class HostBackend(Wire):
@@ -245,7 +269,6 @@ class HostBackend(Wire):
         self._lock = SteadyLock()
         self._watches: dict[bytes, _Watch] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._mark = _MARK + os.urandom(_MARK_SIZE - len(_MARK))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.directory}>"
@@ -381,20 +404,35 @@ class HostBackend(Wire):
             watch = self._watches.get(turn.name)
             if watch is None or watch.turns is None or not watch.file.named():
                 return False
+            if not watch.turns:
+                watch.mark()
             turn.file = watch.file
             watch.turns.append(turn)
-            return True
+            turn.watch = watch
+        if turn.cancelled():  # before `leave` could find it
+            self.leave(turn)
+        return True
+
+    def leave(self, turn: _HostTurn) -> None:
+        """The turn does not wait any more. Nor does its process, if no other turn does."""
+        with self._lock:
+            watch, turn.watch = turn.watch, None
+            if watch is None or watch.turns is None:
+                return
+            watch.turns.remove(turn)
+            if not watch.turns:
+                with contextlib.suppress(OSError):  # then it is counted
+                    watch.mark()
 
     def _follow(self, turn: _HostTurn, file: _File) -> bool:
         """Follows who has locked the file. False if it was forgotten."""
         if _FORGOTTEN in file.read()[0]:
             return False
-        os.write(file.fd, self._mark)
-        watch = _Watch(turn.name, file)
+        watch = _Watch(turn, file)
         turn.file = file
-        watch.turns = [turn]
         with self._lock:
             self._watches[turn.name] = watch
+            turn.watch = watch
         try:
             threading.Thread(
                 target=self._watch, args=(watch,), name="shardedflight-host-watch", daemon=True
@@ -402,6 +440,8 @@ class HostBackend(Wire):
         except RuntimeError as error:  # no more threads
             self._unwatch(watch)
             raise OSError(errno.EAGAIN, str(error)) from error
+        if turn.cancelled():
+            self.leave(turn)
         return True
 
     def _unwatch(self, watch: _Watch) -> list[_HostTurn]:

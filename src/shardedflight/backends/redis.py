@@ -92,7 +92,7 @@ class _Script:
 
 
 _JOIN, _DONE, _GIVE = (_Script(s) for s in (_scripts.JOIN, _scripts.DONE, _scripts.GIVE))
-_BEAT, _FORGET = (_Script(s) for s in (_scripts.BEAT, _scripts.FORGET))
+_BEAT, _FORGET, _LEAVE = (_Script(s) for s in (_scripts.BEAT, _scripts.FORGET, _scripts.LEAVE))
 
 
 class _Request(Future[Any]):
@@ -152,12 +152,17 @@ class _RedisLead(Lead):
 class _RedisTurn(Turn):
     """All fields but the first are written under the backend's lock, or before anybody has it."""
 
+    _backend: "RedisBackend"
+
     def __init__(self, backend: "RedisBackend", name: bytes, reject: int) -> None:
         super().__init__(backend)
         self.name = name
         self.reject = reject
         #: The number of its request: the server knows a repeated one by it.
         self.number = backend.new_number()
+        #: The number by which its process is entered in what it follows: of the last turn that has
+        #: come to follow it.
+        self.entered = 0
         #: The token of what it leads or follows; 0 while it is asked for.
         self.token = 0
         #: The token of what it has followed before.
@@ -166,7 +171,15 @@ class _RedisTurn(Turn):
         self.forgotten = 0
 
     def joinable(self) -> bool:
-        return self.forgotten == 0 or self.token > self.forgotten
+        # While it asks for the first time, nobody knows what it is going to lead or follow. If the
+        # answer is what was forgotten, it is not joined from then on.
+        return not 0 < (self.token or self.followed) <= self.forgotten
+
+    def cancel(self) -> bool:
+        if not super().cancel():
+            return False
+        self._backend.leave(self)
+        return True
 
 
 class _Follow:
@@ -524,7 +537,7 @@ class RedisBackend(Wire):
         self._leads: dict[tuple[bytes, int], tuple[weakref.ref[Lead], _RedisTurn]] = {}
         #: When who follows joins again.
         self._watchdogs: list[tuple[float, int, _RedisTurn]] = []
-        self._serial = itertools.count()
+        self._numbers = itertools.count(1)
         #: What the keeper is to do.
         self._tasks: deque[Callable[[], None]] = deque()
         self._bell = Bell()
@@ -626,7 +639,7 @@ class RedisBackend(Wire):
             try:
                 inbox = self._subscribed(self._shard(turn.name))
             except BackendError as error:
-                self._dismiss(turn)
+                self._leave(turn)
                 turn.fail(error)
                 continue
             with self._lock:
@@ -646,7 +659,7 @@ class RedisBackend(Wire):
         try:
             kind, token, more = _read_joined(done.result())
         except BackendError as error:
-            self._dismiss(turn)
+            self._leave(turn)
             turn.fail(error)
             return
         if kind == 1:
@@ -667,22 +680,49 @@ class RedisBackend(Wire):
 
     def _follow(self, turn: _RedisTurn, token: int, lease: float) -> None:
         """The turn follows: it waits for a message, or for the time when none will come."""
+        early: tuple[bytes, bytes] | None = None
+        sooner = False
         with self._lock:
-            follow = self._follows.get(turn.name)
-            if follow is None or turn not in follow.turns:  # closed meanwhile
-                return
             turn.token = turn.followed = token
-            early = follow.early.get(token)
-            if early is None:
-                when = time.monotonic() + max(lease, 0.0) * 1.05 + 0.005
-                heapq.heappush(self._watchdogs, (when, next(self._serial), turn))
-                sooner = self._watchdogs[0][2] is turn
-            else:
-                self._remove(follow, turn)
-                sooner = False
-        if early is not None:
+            turn.entered = turn.number
+            follow = self._follows.get(turn.name)
+            for other in () if follow is None else follow.turns:
+                if other.followed == token:
+                    other.entered = turn.number
+            if follow is not None and turn in follow.turns:  # neither closed meanwhile nor left
+                early = follow.early.get(token)
+                if early is None:
+                    when = time.monotonic() + max(lease, 0.0) * 1.05 + 0.005
+                    heapq.heappush(self._watchdogs, (when, next(self._numbers), turn))
+                    sooner = self._watchdogs[0][2] is turn
+                else:
+                    self._remove(follow, turn)
+        if turn.cancelled():
+            self._leave(turn)
+        elif early is not None:
             self._news(turn, *early)
         elif sooner:
+            self.wake()
+
+    def leave(self, turn: _RedisTurn) -> None:
+        """A turn was cancelled; by the garbage collector, maybe, so at any point."""
+        if turn.followed:  # or `_follow` will see it
+            self.wake_to(lambda: self._leave(turn))
+
+    def _leave(self, turn: _RedisTurn) -> None:
+        """The turn does not wait any more. Nor does its process, if no other turn does."""
+        with self._lock:
+            follow = self._follows.get(turn.name)
+            if follow is not None:
+                self._remove(follow, turn)
+                if any(other.followed == turn.followed for other in follow.turns):
+                    return
+            number, turn.entered = turn.entered, 0
+        if number:
+            shard = self._shard(turn.name)
+            f, g = self._keys(turn.name, "f", "g")
+            args = (turn.followed, self._inbox_of(shard), number)
+            self._submit([_Request(_LEAVE, shard, (f, f"{g}:{turn.followed}"), args)])
             self.wake()
 
     def _enter(self, turn: _RedisTurn) -> None:
@@ -709,7 +749,7 @@ class RedisBackend(Wire):
     def _again(self, turn: _RedisTurn) -> None:
         """A turn that has followed joins again, if it does not do so already."""
         if turn.done():
-            self._dismiss(turn)
+            self._leave(turn)
             return
         with self._lock:
             if turn.token == 0:
@@ -747,8 +787,12 @@ class RedisBackend(Wire):
     def _news(self, turn: _RedisTurn, kind: bytes, payload: bytes) -> None:
         if kind == b"d" and turn.token != turn.reject:
             turn.settle(Sealed(turn.token, payload))
-        else:  # a large outcome has to be fetched; a lost leader's followers join anew
-            self.wake_to(lambda: self._again(turn))
+            return
+        if kind == b"l":  # what was forgotten is gone: the next answer is of another one
+            with self._lock:
+                turn.forgotten = 0
+        # A large outcome has to be fetched; a lost leader's followers join anew.
+        self.wake_to(lambda: self._again(turn))
 
     def _forgotten(self, name: bytes, token: int) -> None:
         """Under the lock."""
@@ -793,9 +837,9 @@ class RedisBackend(Wire):
         with self._lock:
             self._leads.pop((lead.name, lead.token), None)
 
-    def new_number(self) -> str:
-        """What no other request of any process is called."""
-        return f"{self._inbox}-{next(self._serial)}"
+    def new_number(self) -> int:
+        """What no other request of this process is called."""
+        return next(self._numbers)
 
     # -- servers ----------------------------------------------------------------------------------
 
@@ -805,6 +849,9 @@ class RedisBackend(Wire):
     def _keys(self, name: bytes, *kinds: str) -> list[str]:
         tag, called = f"{{{self.namespace}:{self._shard(name)}}}", name.hex()
         return [f"{tag}:t" if kind == "t" else f"{tag}:{kind}:{called}" for kind in kinds]
+
+    def _inbox_of(self, shard: int) -> str:
+        return f"{{{self.namespace}:{shard}}}:i:{self._inbox}"
 
     def _subscribed(self, shard: int) -> str:
         """The inbox for a shard, once its server knows it."""
@@ -817,7 +864,7 @@ class RedisBackend(Wire):
                 if node.listener is None:
                     node.listener = _Listener(self, node)
                 listener = node.listener
-        inbox = f"{{{self.namespace}:{shard}}}:i:{self._inbox}"
+        inbox = self._inbox_of(shard)
         try:
             listener.subscribe(inbox)
         except BackendError as error:
