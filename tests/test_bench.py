@@ -33,7 +33,7 @@ from shardedflight.bench.targets import (
     target_of,
 )
 
-pytestmark = pytest.mark.around
+pytestmark = [pytest.mark.around, pytest.mark.once]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def run(
         cwd=tmp_path,
         encoding="utf-8",
         env=environment,
-        timeout=PATIENCE,
+        timeout=3 * PATIENCE,  # a whole demo, with its servers and its plots
     )
 
 
@@ -208,6 +208,7 @@ class Page(HTMLParser):
         self.handle_endtag(tag)
 
 
+@pytest.mark.once
 @needs_extra
 def test_the_table_on_a_terminal_and_the_report(
     tmp_path: Path, environment: dict[str, str]
@@ -645,6 +646,7 @@ def test_the_server_ends_with_its_parent(tmp_path: Path, environment: dict[str, 
         eventually(demo.port_is_free, "the end of the server")
 
 
+@pytest.mark.once
 @needs_extra
 def test_failed_requests_are_counted_and_make_the_run_fail(
     tmp_path: Path, environment: dict[str, str]

@@ -44,7 +44,7 @@ REQUIRED = {"SHARDEDFLIGHT_PURE": "", "SHARDEDFLIGHT_REQUIRE_COMPILED": "1"}
 EITHER = {"SHARDEDFLIGHT_PURE": "", "SHARDEDFLIGHT_REQUIRE_COMPILED": ""}
 AS_TESTED = REQUIRED if shardedflight.__compiled__ else PURE
 
-pytestmark = pytest.mark.around
+pytestmark = [pytest.mark.around, pytest.mark.once]
 
 # Microsoft's compiler is found without them.
 needs_cc = pytest.mark.skipif(sys.platform == "win32", reason="CC names no compiler here")

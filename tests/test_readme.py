@@ -118,6 +118,7 @@ def test_a_block_says_its_language(block: Block) -> None:
 
 
 @pytest.mark.around
+@pytest.mark.once
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)
 def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
     for module in modules_wanted(block.text):

@@ -271,13 +271,16 @@ class _World:
         if call.left:
             self.drop(c)
             return
-        requests = [*self.late, *(r for process in self.processes for r in process.requests)]
+        p = call.process
+        late = (request for request in self.late if self.calls[request.call].process == p)
+        requests = [*late, *self.processes[p].requests]
         used = {request.number for request in requests if request.script == "join"}
         used.update(request.followed for request in requests if request.script == "leave")
-        used.update(call.entered for call in self.calls)
+        used.update(self.calls[other].entered for other in self.of(p))
         for execution in self.store.executions():
-            used.add(execution.number)
-            used.update(number for _, number in execution.followers)
+            used.update(number for inbox, number in execution.followers if inbox == p)
+            if execution.leader == p:
+                used.add(execution.number)
         number = next(n for n in range(1, 100) if n not in used)
         followed = call.followed if self.client.says_followed else 0
         self.call(c, phase=JOINING)
@@ -855,13 +858,16 @@ class Protocol:
         token = execution.token
         if any(call.led == token and call.phase in (RUNNING, ENDING) for call in state.calls):
             return True
-        for process in state.processes:
+        for p, process in enumerate(state.processes):
             for request in process.requests if process.alive else ():
                 if request.script == "give" and request.number == token:
                     return True
                 if request.script == "join" and (
                     request.reply == (0, token)
-                    or (request.reply is None and request.number == execution.number)
+                    or (
+                        request.reply is None
+                        and (p, request.number) == (execution.leader, execution.number)
+                    )
                 ):
                     return True
         return False

@@ -559,7 +559,7 @@ cdef inline object line_release(line_t* line, int i, Py_hash_t h, object seat):
 
 cdef inline object line_get(line_t* line, Py_hash_t h):
     """The seat that holds this place, or None."""
-    cdef object number = h
+    cdef object number = None
     cdef object seat = None
     cdef object part = None
     cdef object more = None
@@ -571,6 +571,10 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
     cdef int i
     while True:
         lock(&line.mutex)
+        while line.extra and number is None:
+            unlock(&line.mutex)
+            number = h
+            lock(&line.mutex)
         i = find(line, h)
         if i < 0:
             extra = in_extras(line, number)
@@ -610,11 +614,27 @@ cdef inline bint line_taken(line_t* line, Py_hash_t h):
     return taken
 
 
+cdef inline bint take_slot(line_t* line, Py_hash_t h, object seat) noexcept:
+    """Puts the seat into a free slot; False if there is none. Under the lock."""
+    cdef int i = vacant(line)
+    if i < 0:
+        return False
+    line.slot[i].h = h
+    line.slot[i].serial = 0
+    make_seat(&line.slot[i], seat)
+    return True
+
+
 cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
     """Links the seat if the place is free. Returns the seat that holds it then."""
-    cdef object number = h
+    cdef object number
     cdef object holder
-    cdef int i
+    lock(&line.mutex)
+    if line.extra == 0 and find(line, h) < 0 and take_slot(line, h, seat):
+        unlock(&line.mutex)
+        return seat
+    unlock(&line.mutex)
+    number = h
     while True:
         holder = line_get(line, h)
         if holder is not None:
@@ -624,11 +644,7 @@ cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
         if find(line, h) >= 0 or in_extras(line, number) != NULL:
             unlock(&line.mutex)
             continue
-        i = vacant(line)
-        if i >= 0:
-            line.slot[i].h = h
-            line.slot[i].serial = 0
-            make_seat(&line.slot[i], seat)
+        if take_slot(line, h, seat):
             unlock(&line.mutex)
             return seat
         try:
@@ -659,9 +675,13 @@ cdef inline int line_add_dict(line_t* line) except -1:
 
 cdef inline bint line_unlink(line_t* line, Py_hash_t h, object seat) except -1:
     """Unlinks the seat; False if it does not hold the place."""
-    cdef object number = h
+    cdef object number = None
     cdef int i
     lock(&line.mutex)
+    while line.extra and number is None:
+        unlock(&line.mutex)
+        number = h
+        lock(&line.mutex)
     i = find(line, h)
     if i >= 0:
         if not is_made(&line.slot[i]) or line.slot[i].part != <PyObject*>seat:
