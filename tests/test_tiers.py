@@ -7,6 +7,7 @@ import importlib
 import itertools
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -507,6 +508,30 @@ def test_a_process_follows_until_the_last_of_its_turns_has_left(
     told = first.finish([(lead, b"outcome")], True)[0].result(PATIENCE)
     assert told == (1 if served else 0)
     assert [turn.result(PATIENCE).payload for turn in served] == [b"outcome"] * len(served)
+
+
+@need_fork
+def test_a_forked_child_does_not_leave_for_its_parent(tier: Any, backends: list[Any]) -> None:
+    """Its parent's descriptors may be other files' there."""
+    first, second = backends
+    name = first.name(None, ("k",))
+    (leads,) = first.join([(name, 0)], True)
+    (follows,) = second.join([(name, 0)], True)
+    eventually(lambda: tier.follows(follows))
+
+    def child() -> None:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(50)]
+            assert follows.cancel()
+            second.leave(follows)
+            assert [os.fstat(file.fileno()).st_size for file in files] == [0] * len(files)
+            assert threading.active_count() == 1
+
+    in_child(child)
+    assert tier.followers() == 1
+    done = first.finish([(leads.result(PATIENCE), b"outcome")], True)
+    assert done[0].result(PATIENCE) == 1
+    assert follows.result(PATIENCE).payload == b"outcome"
 
 
 def test_forget_reaches_every_process(tier: Any, start: Any) -> None:

@@ -196,7 +196,8 @@ class _HostTurn(Turn):
     def cancel(self) -> bool:
         if not super().cancel():
             return False
-        if self.file is not None:  # or who enters it will see it
+        file = self.file
+        if file is not None and file.ours():  # or who enters it will see it
             # On another thread: it may be the garbage collector that does so, at any point.
             with contextlib.suppress(RuntimeError):  # no more threads
                 start_new_thread(self._backend.leave, (self,))
@@ -417,7 +418,7 @@ class HostBackend(Wire):
         """The turn does not wait any more. Nor does its process, if no other turn does."""
         with self._lock:
             watch, turn.watch = turn.watch, None
-            if watch is None or watch.turns is None:
+            if watch is None or watch.turns is None or not watch.file.ours():
                 return
             watch.turns.remove(turn)
             if not watch.turns:

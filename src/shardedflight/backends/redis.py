@@ -706,7 +706,8 @@ class RedisBackend(Wire):
 
     def leave(self, turn: _RedisTurn) -> None:
         """A turn was cancelled; by the garbage collector, maybe, so at any point."""
-        if turn.followed:  # or `_follow` will see it
+        # Or `_follow` or `_again` will see it. In a forked child it is its parent's, and not here.
+        if turn.followed and turn.name in self._follows:
             self.wake_to(lambda: self._leave(turn))
 
     def _leave(self, turn: _RedisTurn) -> None:
