@@ -523,7 +523,8 @@ def test_a_forked_child_does_not_leave_for_its_parent(tier: Any, backends: list[
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(50)]
             assert follows.cancel()
-            second.leave(follows)
+            if isinstance(tier, Host):
+                second._leave(follows)
             assert [os.fstat(file.fileno()).st_size for file in files] == [0] * len(files)
             assert threading.active_count() == 1
 

@@ -200,7 +200,7 @@ class _HostTurn(Turn):
         if file is not None and file.ours():  # or who enters it will see it
             # On another thread: it may be the garbage collector that does so, at any point.
             with contextlib.suppress(RuntimeError):  # no more threads
-                start_new_thread(self._backend.leave, (self,))
+                start_new_thread(self._backend._leave, (self,))
         return True
 
     def joinable(self) -> bool:
@@ -410,11 +410,11 @@ class HostBackend(Wire):
             turn.file = watch.file
             watch.turns.append(turn)
             turn.watch = watch
-        if turn.cancelled():  # before `leave` could find it
-            self.leave(turn)
+        if turn.cancelled():  # before `_leave` could find it
+            self._leave(turn)
         return True
 
-    def leave(self, turn: _HostTurn) -> None:
+    def _leave(self, turn: _HostTurn) -> None:
         """The turn does not wait any more. Nor does its process, if no other turn does."""
         with self._lock:
             watch, turn.watch = turn.watch, None
@@ -442,7 +442,7 @@ class HostBackend(Wire):
             self._unwatch(watch)
             raise OSError(errno.EAGAIN, str(error)) from error
         if turn.cancelled():
-            self.leave(turn)
+            self._leave(turn)
         return True
 
     def _unwatch(self, watch: _Watch) -> list[_HostTurn]:

@@ -178,7 +178,11 @@ class _RedisTurn(Turn):
     def cancel(self) -> bool:
         if not super().cancel():
             return False
-        self._backend.leave(self)
+        backend = self._backend
+        # Or `_follow` or `_again` will see it. In a forked child it is its parent's, and not there.
+        if self.followed and self.name in backend._follows:
+            # By the keeper: it may be the garbage collector that cancels it, at any point.
+            backend.wake_to(lambda: backend._leave(self))
         return True
 
 
@@ -703,12 +707,6 @@ class RedisBackend(Wire):
             self._news(turn, *early)
         elif sooner:
             self.wake()
-
-    def leave(self, turn: _RedisTurn) -> None:
-        """A turn was cancelled; by the garbage collector, maybe, so at any point."""
-        # Or `_follow` or `_again` will see it. In a forked child it is its parent's, and not here.
-        if turn.followed and turn.name in self._follows:
-            self.wake_to(lambda: self._leave(turn))
 
     def _leave(self, turn: _RedisTurn) -> None:
         """The turn does not wait any more. Nor does its process, if no other turn does."""
