@@ -36,7 +36,7 @@ _MOODS = {
 
 #: Where processes meet, what is forgotten on its way to somebody may run once more than it has to.
 #: Of so many executions one may.
-_TWICE = 1 / 20_000
+_TWICE = 1 / 2_000
 
 _DESCRIPTION = """\
 Calls every method of a flight at once, at random, from threads, several event loops and several
@@ -241,7 +241,7 @@ class Soak:
             self.totals["left"] += len(left)
             for file in left[:5]:
                 self._fault(f"left in the directory of the backend: {file}")
-        if self.totals["twice"] > max(2, self.met * _TWICE):
+        if self.totals["twice"] > max(5, self.met * _TWICE):
             self._fault(
                 f"{self.totals['twice']} of {self.met} executions ran beside others of their key"
             )
