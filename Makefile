@@ -95,9 +95,9 @@ coverage: .venv/test-$(KEY)/built
 	@$(plain) $(call run,test) coverage run -m pytest --timeout-method=signal \
 		-m "not whole and not untraced" $(ARGS) || echo "Some tests failed: the figures are too low."
 	@$(call run,test) coverage combine --quiet
-	@$(call run,test) coverage report --show-missing --skip-covered
+	@$(call run,test) coverage report --show-missing --skip-covered --include="src/shardedflight/*"
 	@$(call run,test) coverage report --fail-under=100 --include="src/shardedflight/_core.py"
-	@$(call run,test) coverage report --fail-under=95 --format=total
+	@$(call run,test) coverage report --fail-under=95 --format=total --include="src/shardedflight/*"
 
 # What the tests run in, made but not used.
 test-environment: .venv/test-$(KEY)/built

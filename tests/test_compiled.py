@@ -88,6 +88,7 @@ def test_cython_is_not_imported_where_it_is_installed(pure: str) -> None:
 
 
 @needs_both
+@pytest.mark.untraced
 @pytest.mark.parametrize("imported", [True, False], ids=["imported", "not imported"])
 @pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "as mod_wsgi's"])
 def test_one_interpreter_of_a_process_has_the_compiled_core(imported: bool, isolated: bool) -> None:
