@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from proof.references import ROUNDS, SLACK, Given, enough, given_to, leaked
 
-import shardedflight
 from shardedflight import ShardedFlight
 
 pytestmark = pytest.mark.around
 
-#: Of each outcome, with 1 shard and with 16: a million in all. The plain core counts none by hand.
-CALLS = 62_500 if shardedflight.__compiled__ else 6_250
+#: Of each outcome, with 1 shard and with 16: a million in all.
+CALLS = 62_500
 
 
 class Key:
