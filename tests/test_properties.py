@@ -107,6 +107,47 @@ def test_join_key_keeps_parts_without_the_separator_apart(one: list[str], other:
         assert (build_key(*one) == build_key(*other)) is (one == other)
 
 
+# --- the table of a shard ---
+
+
+@given(
+    base=st.sampled_from([0, 1 << 32, -(2**61)]),
+    step=st.sampled_from([1, 8, 1 << 11, 1 << 32, 0x9E3779B1]),
+    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 299)), max_size=200),
+    shards=st.sampled_from([1, 2048]),
+)
+def test_a_table_is_what_a_dict_would_be(
+    base: int, step: int, steps: list[tuple[bool, int]], shards: int
+) -> None:
+    """Seats are found, and no others, however many there are and wherever their hashes fall.
+
+    Each step links or unlinks the seats of a run of hashes, so that the compiled table grows and
+    shrinks, and has gaps closed in the midst of what was probed for past each other.
+    """
+    flight = ShardedFlight(shards)
+    shard = flight._place(("key",))[2]
+    model: dict[int, tuple[Any, ...]] = {}
+    run = [base + step * i for i in range(300)]
+    for links, start in [*steps, (True, 0), (False, 7)]:
+        for h in run[start::3]:
+            seat = ("key", h, 0)
+            if links:
+                expected = model.setdefault(h, seat)
+                assert shard.link(h, seat) is expected
+            else:
+                held = model.pop(h, None)
+                assert not shard.unlink(h, seat)
+                if held is not None:
+                    assert shard.unlink(h, held)
+        assert dict(shard.seats()) == model
+        for h in run:
+            assert shard.get(h) is model.get(h)
+            assert shard.taken(h) is (h in model)
+    for h, seat in model.items():
+        assert shard.unlink(h, seat)
+    assert shard.seats() == []
+
+
 # --- do, do_future, forget and cancel ---
 
 

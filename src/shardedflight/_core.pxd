@@ -2,14 +2,18 @@
 #
 # A shard's table is a *line*: memory of its own, on as few cache lines as will do, since what two
 # cores take from each other per call is what bounds them on a free-threaded Python. It has slots,
-# one for each leader, and a dict for those for whom there is none. A leader that nobody meets
-# writes a slot and clears it, and makes no object at all: the seat, a tuple as in the plain form,
-# but with a third item (which of its thread's leads it is), is made by the first who asks.
+# one for each leader, and a hash table for the seats of those for whom there is none. A leader that
+# nobody meets writes a slot and clears it, and makes no object at all: the seat, a tuple as in the
+# plain form, but with a third item (which of its thread's leads it is), is made by the first who
+# asks.
+#
+# The table of the others is one array, probed from a seat's own place onwards (Knuth, TAOCP 3, 6.4,
+# algorithms L and R). A dict would need an object for each hash, and with a million seats in it,
+# each look would wait for memory twice: for its index, and for the entry.
 #
 # With the GIL the GIL is the line's lock: between `lock` and `unlock` no Python code runs and
 # nothing is allocated that the garbage collector knows. Without it, a PyMutex is.
 
-from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_DelItem
 from cpython.object cimport PyObject, PyTypeObject
 
 cdef extern from "Python.h":
@@ -139,9 +143,9 @@ cdef extern from "pythread.h":
 cdef enum:
     COMPILED = 1
     MOST_SLOTS = 16
-    # What line_claim returns if it is no slot: the leader is in the dict, the place is taken, there
+    # What line_claim returns if it is no slot: the leader is in the table, the place is taken, there
     # is no slot left, or it leads only if nobody in Shard.overflow does: from slot LOOK - n (for
-    # LOOK and less) or from the dict.
+    # LOOK and less) or from the table.
     IN_MORE = 1 << 20
     TAKEN = -1
     FULL = -2
@@ -153,6 +157,7 @@ cdef enum:
     FREE = -1
     MET = 1
     BESIDE = 2
+    FEWEST_EXTRAS = 8
 
 ctypedef struct slot_t:
     Py_hash_t h
@@ -161,13 +166,21 @@ ctypedef struct slot_t:
     unsigned long ident    # of the leader's thread; 0 if `part` is the seat, or the slot is free
     int64_t serial         # of the lead, among those of its thread; FREE: nobody has the slot
 
+ctypedef struct entry_t:
+    Py_hash_t h
+    PyObject* seat         # owned; NULL: free
+
+ctypedef struct extras_t:
+    size_t mask            # one less than how many entries there are, a power of two
+    entry_t entry[1]
+
 ctypedef struct line_t:
     mutex_t mutex
     uint8_t flags          # MET, BESIDE: whether Shard.met and Shard.overflow have anything
     uint8_t slots
     uint8_t top            # beyond are free slots only
     uint32_t extra         # how many seats are in
-    PyObject* extras       # a dict of hash to seat; owned, NULL until there is one too many
+    extras_t* extras       # NULL until there is one too many
     int64_t started
     slot_t slot[1]         # as many as `slots`
 
@@ -289,7 +302,10 @@ cdef inline void drop_lines(object memory) noexcept:
             if is_made(&line.slot[s]):
                 Py_DECREF(<object>line.slot[s].part)
         if line.extras != NULL:
-            Py_DECREF(<object>line.extras)
+            for s in range(line.extras.mask + 1):
+                if line.extras.entry[s].seat != NULL:
+                    Py_DECREF(<object>line.extras.entry[s].seat)
+            PyMem_RawFree(line.extras)
     free_lines(lines)
 
 
@@ -303,6 +319,87 @@ cdef inline void lines_orphan(object memory):
         if line != NULL:
             for b in range(sizeof(mutex_t)):
                 (<char*>&line.mutex)[b] = 0
+
+
+# -- the seats for which there is no slot; all of it under the lock ---------------------------------
+
+
+cdef inline size_t place_of(extras_t* extras, Py_hash_t h) noexcept nogil:
+    """Where the probing for a hash begins."""
+    # The bits that have chosen the line (see `mixed`) are those of all hashes here.
+    cdef uint64_t bits = <uint64_t>h
+    bits = (bits ^ (bits >> 32)) * <uint64_t>0xD6E8FEB86659FD93ULL
+    return (bits ^ (bits >> 32)) & extras.mask
+
+
+cdef inline entry_t* entry_of(extras_t* extras, Py_hash_t h) noexcept nogil:
+    """The entry with this hash, or the free one where it belongs."""
+    cdef size_t i = place_of(extras, h)
+    while extras.entry[i].seat != NULL and extras.entry[i].h != h:
+        i = (i + 1) & extras.mask
+    return &extras.entry[i]
+
+
+cdef inline PyObject* in_extras(line_t* line, Py_hash_t h) noexcept nogil:
+    """The seat with this hash, borrowed, or NULL."""
+    return entry_of(line.extras, h).seat if line.extra else NULL
+
+
+cdef inline bint resize_extras(line_t* line, size_t size) noexcept nogil:
+    """Moves the seats into as many entries, a power of two; False if there is no memory for it."""
+    cdef extras_t* old = line.extras
+    cdef entry_t* entry
+    cdef size_t i
+    cdef extras_t* new = <extras_t*>PyMem_RawCalloc(
+        1, sizeof(extras_t) + (size - 1) * sizeof(entry_t)
+    )
+    if new == NULL:
+        return False
+    new.mask = size - 1
+    if old != NULL:
+        for i in range(old.mask + 1):
+            if old.entry[i].seat != NULL:
+                entry = entry_of(new, old.entry[i].h)
+                entry[0] = old.entry[i]
+    line.extras = new
+    PyMem_RawFree(old)
+    return True
+
+
+cdef inline bint add_extra(line_t* line, Py_hash_t h, object seat) noexcept:
+    """Adds a seat whose hash nobody has; False if there is no memory for it."""
+    cdef size_t size = 0 if line.extras == NULL else line.extras.mask + 1
+    cdef entry_t* entry
+    # At most half of them are taken: then a search ends after one or two.
+    if 2 * (<size_t>line.extra + 1) > size and not resize_extras(
+        line, 2 * size if size else FEWEST_EXTRAS
+    ):
+        return False
+    entry = entry_of(line.extras, h)
+    entry.h = h
+    Py_INCREF(seat)
+    entry.seat = <PyObject*>seat
+    line.extra += 1
+    return True
+
+
+cdef inline void remove_extra(line_t* line, Py_hash_t h) noexcept nogil:
+    """Removes the seat with this hash; it is its caller's now."""
+    cdef extras_t* extras = line.extras
+    cdef size_t gap = entry_of(extras, h) - &extras.entry[0]
+    cdef size_t i = gap
+    while True:
+        i = (i + 1) & extras.mask
+        if extras.entry[i].seat == NULL:
+            break
+        # Whatever was probed for by way of the gap moves into it.
+        if ((i - place_of(extras, extras.entry[i].h)) & extras.mask) >= ((i - gap) & extras.mask):
+            extras.entry[gap] = extras.entry[i]
+            gap = i
+    extras.entry[gap].seat = NULL
+    line.extra -= 1
+    if extras.mask >= FEWEST_EXTRAS and 8 * <size_t>line.extra <= extras.mask:
+        resize_extras(line, (extras.mask + 1) // 2)  # if there is memory for it
 
 
 # -- the leader's path -----------------------------------------------------------------------------
@@ -412,22 +509,12 @@ cdef inline int vacant(line_t* line) noexcept nogil:
     return line.top - 1
 
 
-cdef inline PyObject* in_extras(line_t* line, object number) noexcept:
-    """The seat in the dict with this hash, borrowed, or NULL. Under the lock."""
-    return PyDict_GetItem(<object>line.extras, number) if line.extra else NULL
-
-
 cdef inline int line_claim(line_t* line, Py_hash_t h, PyObject* part, PyObject* more):
     """Takes a slot for a leader on this thread, and counts its execution."""
     cdef int i
     cdef slot_t* slot
-    cdef object number = None
     lock(&line.mutex)
-    while line.extra and number is None:
-        unlock(&line.mutex)
-        number = h
-        lock(&line.mutex)
-    if find(line, h) >= 0 or in_extras(line, number) != NULL:
+    if find(line, h) >= 0 or in_extras(line, h) != NULL:
         unlock(&line.mutex)
         return TAKEN
     i = vacant(line)
@@ -450,22 +537,19 @@ cdef inline int line_claim(line_t* line, Py_hash_t h, PyObject* part, PyObject* 
 
 cdef inline int line_claim_more(line_t* line, Py_hash_t h, object seat) except? -9:
     """The same for a leader that has found no slot."""
-    cdef object number = h
     cdef int claimed = IN_MORE
-    line_add_dict(line)
     lock(&line.mutex)
-    try:
-        if find(line, h) >= 0 or in_extras(line, number) != NULL:
-            claimed = TAKEN
-        else:
-            PyDict_SetItem(<object>line.extras, number, seat)
-            line.extra += 1
-            if line.flags & BESIDE:
-                claimed = LOOK_IN_MORE
-            else:
-                line.started += 1
-    finally:
-        unlock(&line.mutex)
+    if find(line, h) >= 0 or in_extras(line, h) != NULL:
+        claimed = TAKEN
+    elif not add_extra(line, h, seat):
+        claimed = FULL
+    elif line.flags & BESIDE:
+        claimed = LOOK_IN_MORE
+    else:
+        line.started += 1
+    unlock(&line.mutex)
+    if claimed == FULL:
+        raise MemoryError
     return claimed
 
 
@@ -559,7 +643,6 @@ cdef inline object line_release(line_t* line, int i, Py_hash_t h, object seat):
 
 cdef inline object line_get(line_t* line, Py_hash_t h):
     """The seat that holds this place, or None."""
-    cdef object number = None
     cdef object seat = None
     cdef object part = None
     cdef object more = None
@@ -571,13 +654,9 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
     cdef int i
     while True:
         lock(&line.mutex)
-        while line.extra and number is None:
-            unlock(&line.mutex)
-            number = h
-            lock(&line.mutex)
         i = find(line, h)
         if i < 0:
-            extra = in_extras(line, number)
+            extra = in_extras(line, h)
             found = None if extra == NULL else <object>extra
             unlock(&line.mutex)
             return found
@@ -602,126 +681,93 @@ cdef inline object line_get(line_t* line, Py_hash_t h):
 
 cdef inline bint line_taken(line_t* line, Py_hash_t h):
     """Whether somebody has this place, or might stand beside it."""
-    cdef object number = None
     cdef bint taken
     lock(&line.mutex)
-    while line.extra and number is None:
-        unlock(&line.mutex)
-        number = h
-        lock(&line.mutex)
-    taken = find(line, h) >= 0 or line.flags & BESIDE or in_extras(line, number) != NULL
+    taken = find(line, h) >= 0 or line.flags & BESIDE or in_extras(line, h) != NULL
     unlock(&line.mutex)
     return taken
 
 
-cdef inline bint take_slot(line_t* line, Py_hash_t h, object seat) noexcept:
-    """Puts the seat into a free slot; False if there is none. Under the lock."""
-    cdef int i = vacant(line)
-    if i < 0:
-        return False
-    line.slot[i].h = h
-    line.slot[i].serial = 0
-    make_seat(&line.slot[i], seat)
-    return True
-
-
 cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
     """Links the seat if the place is free. Returns the seat that holds it then."""
-    cdef object number
     cdef object holder
-    lock(&line.mutex)
-    if line.extra == 0 and find(line, h) < 0 and take_slot(line, h, seat):
-        unlock(&line.mutex)
-        return seat
-    unlock(&line.mutex)
-    number = h
+    cdef bint linked
+    cdef int i
     while True:
+        lock(&line.mutex)
+        if find(line, h) < 0 and in_extras(line, h) == NULL:
+            break
+        unlock(&line.mutex)
         holder = line_get(line, h)
         if holder is not None:
             return holder
-        line_add_dict(line)
-        lock(&line.mutex)
-        if find(line, h) >= 0 or in_extras(line, number) != NULL:
-            unlock(&line.mutex)
-            continue
-        if take_slot(line, h, seat):
-            unlock(&line.mutex)
-            return seat
-        try:
-            PyDict_SetItem(<object>line.extras, number, seat)
-            line.extra += 1
-        finally:
-            unlock(&line.mutex)
-        return seat
-
-
-cdef inline int line_add_dict(line_t* line) except -1:
-    """Sees to it that there is a dict."""
-    cdef object new
-    cdef bint there
-    lock(&line.mutex)
-    there = line.extras != NULL
+    i = vacant(line)
+    if i < 0:
+        linked = add_extra(line, h, seat)
+    else:
+        linked = True
+        line.slot[i].h = h
+        line.slot[i].serial = 0
+        make_seat(&line.slot[i], seat)
     unlock(&line.mutex)
-    if there:
-        return 0
-    new = {}
-    lock(&line.mutex)
-    if line.extras == NULL:
-        Py_INCREF(new)
-        line.extras = <PyObject*>new
-    unlock(&line.mutex)
-    return 0
+    if not linked:
+        raise MemoryError
+    return seat
 
 
 cdef inline bint line_unlink(line_t* line, Py_hash_t h, object seat) except -1:
     """Unlinks the seat; False if it does not hold the place."""
-    cdef object number = None
+    cdef bint linked
     cdef int i
     lock(&line.mutex)
-    while line.extra and number is None:
-        unlock(&line.mutex)
-        number = h
-        lock(&line.mutex)
     i = find(line, h)
     if i >= 0:
-        if not is_made(&line.slot[i]) or line.slot[i].part != <PyObject*>seat:
-            unlock(&line.mutex)
-            return False
-        clear(line, i)
-        unlock(&line.mutex)
+        linked = is_made(&line.slot[i]) and line.slot[i].part == <PyObject*>seat
+        if linked:
+            clear(line, i)
+    else:
+        linked = in_extras(line, h) == <PyObject*>seat
+        if linked:
+            remove_extra(line, h)
+    unlock(&line.mutex)
+    if linked:
         Py_DECREF(seat)
-        return True
-    if in_extras(line, number) != <PyObject*>seat:
-        unlock(&line.mutex)
-        return False
-    try:
-        PyDict_DelItem(<object>line.extras, number)
-        line.extra -= 1
-    finally:
-        unlock(&line.mutex)
-    return True
+    return linked
 
 
 cdef inline list line_seats(line_t* line):
     """All seats, with the hashes of their keys."""
     cdef list found = []
-    cdef Py_hash_t[MOST_SLOTS] hashes
-    cdef int count = 0
-    cdef PyObject* extras
-    cdef int i
+    cdef Py_hash_t* hashes = NULL
+    cdef size_t room = 0
+    cdef size_t count = 0
+    cdef size_t i
     lock(&line.mutex)
+    while room < line.top + <size_t>line.extra:
+        room = 2 * (line.top + <size_t>line.extra)
+        unlock(&line.mutex)
+        PyMem_RawFree(hashes)
+        hashes = <Py_hash_t*>PyMem_RawCalloc(room, sizeof(Py_hash_t))
+        if hashes == NULL:
+            raise MemoryError
+        lock(&line.mutex)
     for i in range(line.top):
         if line.slot[i].serial != FREE:
             hashes[count] = line.slot[i].h
             count += 1
-    extras = line.extras
+    if line.extra:
+        for i in range(line.extras.mask + 1):
+            if line.extras.entry[i].seat != NULL:
+                hashes[count] = line.extras.entry[i].h
+                count += 1
     unlock(&line.mutex)
-    for i in range(count):
-        seat = line_get(line, hashes[i])
-        if seat is not None:
-            found.append((hashes[i], seat))
-    if extras != NULL:
-        found.extend((<dict>extras).copy().items())
+    try:
+        for i in range(count):
+            seat = line_get(line, hashes[i])
+            if seat is not None:
+                found.append((hashes[i], seat))
+    finally:
+        PyMem_RawFree(hashes)
     return found
 
 
