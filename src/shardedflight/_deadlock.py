@@ -25,6 +25,7 @@ import asyncio
 import os
 import sys
 import types
+from asyncio import current_task
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -81,7 +82,7 @@ def pause() -> Generator[None, None, None]:
 def begin_run(run: LoopRun) -> None:
     """The first thing that the task of `run` does, in its own context."""
     if run.task is None:  # the first step runs before its maker has the task
-        run.task = asyncio.current_task(run.loop)
+        run.task = current_task(run.loop)
     current_run.set(run)
 
 
@@ -118,7 +119,7 @@ def begin_wait(
                     if thread != me and thread not in _blocked:
                         return
         else:
-            task = asyncio.current_task()
+            task = current_task()
         with _lock:
             run = None if future is None else current_run.get()
             if run is not None and run.task is not None:
@@ -248,7 +249,7 @@ def check_wait(
         first: What the caller leads, and will have ended before.
         blocking: Whether the thread will block, or the task will await.
     """
-    task = None if blocking else asyncio.current_task()
+    task = None if blocking else current_task()
     with _lock:
         run = None if blocking else current_run.get()
         error = _find_cycle(executions, task, run, set(), first)

@@ -75,10 +75,9 @@ V = TypeVar("V")
 _SHARDS_FREE_THREADED = 2048
 _SHARDS_GIL = 1
 
-#: Makes a task and runs its coroutine's first step at once; Python 3.12 and later.
-_begin_task: Any = None
-if sys.version_info >= (3, 12):
-    _begin_task = partial[Any](Task, eager_start=True)
+#: Whether a task can run its coroutine's first step at once.
+_EAGER = sys.version_info >= (3, 12)
+_Task: Any = Task
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -422,8 +421,8 @@ class ShardedFlight(Core):
     def _start(self, run: LoopRun, coroutine: Coroutine[Any, Any, None]) -> None:
         """Runs `coroutine`, a run's, in a task; its first step at once where possible."""
         loop = run.loop
-        if _begin_task is not None and loop.get_task_factory() is None:
-            _begin_task(coroutine, loop=loop)
+        if _EAGER and loop.get_task_factory() is None:
+            _Task(coroutine, loop=loop, eager_start=True)
         else:
             # A task that is cancelled before its first step runs nothing, no `finally` either. So
             # the coroutine is brought into its `try` here.

@@ -260,8 +260,11 @@ class LoopRun(Run):
         self.task = None  # its context holds this run
         bell = self.bell
         if bell is not None and not bell.done():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is to be woken
+            # Not contextlib.suppress: it runs Python of its own, for each leader that suspends.
+            try:
                 bell.set_result(None)
+            except RuntimeError:  # the loop is closed: nobody is to be woken
+                pass
 
     def outcome(self) -> tuple[Any, bool]:
         """The outcome for the leader's own caller: the original exception, not a replica."""
