@@ -21,7 +21,7 @@ from test_processes import need_fork
 from test_tiers import marks, values
 from tier_support import Worker
 
-from shardedflight import BackendError, FlightErrorGroup, ShardedFlight, coalesce
+from shardedflight import BackendError, DeadlockError, FlightErrorGroup, ShardedFlight, coalesce
 from shardedflight._tier import Lead, Sealed, Turn
 from shardedflight.backends import fencing_token
 
@@ -177,6 +177,92 @@ def test_who_has_found_what_is_forgotten_meanwhile_is_not_joined(
     assert before.result(PATIENCE) == ("before", False)
     leader.let_return("old")
     assert values(leader.ends()) == ("old", False)
+
+
+def test_who_was_passed_over_with_an_outcome_is_joined_when_its_heir_leads(
+    directory: Path, start: Any
+) -> None:
+    """Found by the soak: the leader here was lost with an outcome that it had not taken. Its heir
+    began anew, and forgot in all processes what it led, though nobody had called forget."""
+    first, second = start(2)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    leader = first.call("do", "k")
+    leader.runs()
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> Any:
+        caller = asyncio.create_task(flight.do_async(asyncio.Event().wait, "k"))
+        while marks(directory) != 1:
+            await asyncio.sleep(0.001)
+        return caller
+
+    async def lose() -> None:
+        flights_own = asyncio.all_tasks() - {asyncio.current_task(), caller}  # type: ignore[arg-type]
+        for task in flights_own:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+
+    caller = loop.run_until_complete(begin())
+    runs, goes_on = threading.Event(), threading.Event()
+
+    def function() -> str:
+        runs.set()
+        assert goes_on.wait(PATIENCE)
+        return "the heir's"
+
+    heir = spawn(flight.do, function, "k")
+    eventually(lambda: flight.stats().waiting == 1)
+    leader.let_return("old")
+    assert values(leader.ends()) == ("old", True)
+    tier: Any = flight._tier
+    ((_, (turn,)),) = tier._abroad.values()
+    turn.result(PATIENCE)
+    assert flight.do(lambda: "between", "k") == ("between", False)
+    loop.run_until_complete(lose())
+    loop.close()
+    assert runs.wait(PATIENCE)
+    others = [second.call("do", "k"), first.call("do", "k")]
+    eventually(lambda: marks(directory) == 2)
+    here = spawn(flight.do, lambda: "not run", "k")
+    eventually(lambda: flight.stats().waiting == 1)
+    goes_on.set()
+    assert heir.result(PATIENCE) == here.result(PATIENCE) == ("the heir's", True)
+    assert [values(call.ends()) for call in others] == [("the heir's", True)] * 2
+
+
+def test_who_was_passed_over_and_leads_is_the_one_that_is_joined(
+    directory: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its function could wait for another call of its process, and that for this leader."""
+    first, second = start(2)
+    flight = ShardedFlight(backend=HostBackend(directory), name="workers")
+    leader = first.call("do", "k")
+    leader.runs()
+    runs, goes_on = threading.Event(), threading.Event()
+
+    def function() -> str:
+        with pytest.raises(DeadlockError):
+            flight.do(lambda: "not run", "k", timeout=PATIENCE)
+        runs.set()
+        assert goes_on.wait(PATIENCE)
+        return "new"
+
+    passed_over = spawn(flight.do, function, "k")
+    tier: Any = flight._tier
+    # The mark comes before it knows whom it follows.
+    eventually(lambda: any(turns and turns[0].watch for _, turns in tier._abroad.values()))
+    second.forget("k")
+    assert flight.do(lambda: "between", "k") == ("between", False)
+    leading, lead = hold(monkeypatch, HostBackend, "_next_token")
+    first.signal(signal.SIGKILL)
+    assert leading.wait(PATIENCE)
+    beside = spawn(flight.do, lambda: "not run", "k")
+    eventually(lambda: marks(directory) == 1)
+    lead.set()
+    assert runs.wait(PATIENCE)
+    goes_on.set()
+    assert passed_over.result(PATIENCE) == beside.result(PATIENCE) == ("new", True)
 
 
 def test_what_is_ended_is_not_given_up_as_well(

@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from proof.histories import End, History, check
 from proof.soak.census import left_behind
-from proof.soak.keys import Lost
-from proof.soak.mix import Mix, Mood
+from proof.soak.keys import PLAIN_KEYS, Lost
+from proof.soak.mix import Mix, Mood, watch_forgets
 from proof.soak.tally import compare
 from support import eventually_async
 
@@ -177,3 +178,33 @@ def test_a_call_for_many_that_one_loss_ends_has_left_its_other_runs() -> None:
 
     asyncio.run(main())
     assert [str(violation) for violation in check(history)] == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the host tier is for POSIX")
+def test_a_forget_that_the_backend_has_done_has_not_ended_before_it_returns(tmp_path: Path) -> None:
+    """Until then it forgets who has come since. On an event loop's thread, too, which does not wait
+    for the backend: it was taken to have ended when the backend had done it."""
+    from shardedflight.backends.host import HostBackend
+
+    backend = HostBackend(tmp_path / "flights")
+    flight, history = ShardedFlight(backend=backend), History(plain=True)
+    watch_forgets(backend)
+    mix = Mix(flight, history, Mood("host", leaving=True, meets=True), "forget", forks=False)
+    tier: Any = flight._tier
+    known = tier._known
+    looked: list[int] = []
+
+    def look(*args: Any) -> Any:
+        looked.append(time.monotonic_ns())
+        return known(*args)
+
+    tier._known = look
+
+    async def forget() -> None:
+        mix._forget(PLAIN_KEYS[0])
+
+    asyncio.run(forget())
+    (noted,) = history.forgets
+    assert looked
+    assert noted.ended is not None
+    assert noted.ended >= looked[-1]

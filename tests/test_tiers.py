@@ -634,6 +634,37 @@ def test_who_was_forgotten_while_it_asked_forgets_nobody_else(tier: Any, start: 
     backend.close()
 
 
+def test_who_had_followed_what_was_forgotten_is_joined_once_it_leads(tier: Any, start: Any) -> None:
+    """Found by the soak: the forgotten leader was lost. What its follower led instead was forgotten
+    as well, though no forget was about that; and so on, from one process to the next."""
+    first, second, third = start(3)
+    old = first.call("do", "k")
+    old.runs()
+    follower = second.call("do", "k")
+    eventually(lambda: tier.followers() == 1)
+    third.forget("k")
+    late: list[Any] = []
+
+    def noticed() -> bool:
+        late.append(second.call("do", "k"))
+        eventually(lambda: sum(map(second.stats().get, ("in_flight", "waiting"))) == 1 + len(late))
+        in_flight: int = second.stats()["in_flight"]
+        return in_flight == 2
+
+    eventually(noticed)
+    late[-1].runs()
+    late[-1].let_return("between")
+    assert values(late[-1].ends())[0] == "between"
+    first.kill()
+    follower.runs()
+    others = [third.call("do", "k"), second.call("do", "k")]
+    eventually(lambda: tier.followers() == 1)
+    eventually(lambda: second.stats()["waiting"] == len(late))
+    follower.let_return("new")
+    assert values(follower.ends()) == ("new", True)
+    assert [values(call.ends()) for call in others] == [("new", True)] * 2
+
+
 def test_the_garbage_collector_may_end_a_lead_at_any_point_of_another_call(tier: Any) -> None:
     """A task that is dropped gives up its lead where it is collected: amid any call's own steps."""
     backend = tier.backend()

@@ -417,7 +417,8 @@ class Mix:
             self.flight.forget(*key.parts)
         finally:
             _forgetting.reset(before)
-        if scope != "nobody":
+        # Until it returns it forgets who asks the backend meanwhile, whenever that had been told.
+        if scope != "nobody" or forget.ended is not None:
             forget.ended = time.monotonic_ns()
 
     def _look(self) -> None:

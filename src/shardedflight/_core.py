@@ -167,6 +167,7 @@ class Execution:
         "inherited",
         "joinable",
         "leader",
+        "passed_over",
         "predecessor",
         "seat",
         "serial",
@@ -184,8 +185,11 @@ class Execution:
         self.leader = seat[1]
         #: Who waits, in order of arrival; and the loop of one that is a plain `asyncio.Future`.
         self.waiters: dict[Any, Any] = {}
-        #: False once forgotten, abandoned or ended.
+        #: False once forgotten, abandoned or ended; and while it is passed over.
         self.joinable = True
+        #: It is not joinable, but would be if its leader did not wait for another process, or
+        #: waited for another one: see `Shard.pass_over`.
+        self.passed_over = False
         #: The leader's own caller still wants the outcome.
         self.attended = True
         #: The outcome goes to other processes, or comes from one.
@@ -623,9 +627,38 @@ class Shard:
         """Makes this execution unjoinable, if it runs and is not so already."""
         with self.lock:
             record = self._meet(h, seat)
-            if record is not None and record.joinable:
+            if record is None:
+                return
+            record.passed_over = False
+            if record.joinable:
                 record.joinable = False
                 self.forgotten += 1
+
+    def pass_over(self, h: int, seat: Seat, forgotten: bool) -> None:
+        """Makes this execution unjoinable until its leader leads in all processes.
+
+        Args:
+            h: The hash of its key.
+            seat: What its leader leads in this process.
+            forgotten: Whether what it waits for was forgotten, which is counted.
+        """
+        with self.lock:
+            record = self._meet(h, seat)
+            if record is not None and record.joinable:
+                record.joinable = False
+                record.passed_over = True
+                if forgotten:
+                    self.forgotten += 1
+
+    def readmit(self, seat: Seat) -> bool:
+        """Makes an execution joinable that was passed over. False if it was not, or has ended."""
+        with self.lock:
+            record = self.met.get(id(seat))
+            if record is None or not record.passed_over or record.end is not None:
+                return False
+            record.passed_over = False
+            record.joinable = True
+            return True
 
     # -- ending -----------------------------------------------------------------------------------
 

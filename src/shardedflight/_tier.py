@@ -248,7 +248,7 @@ class Tier:
         name = self.name(key)
         for seat, turns in self._known(shard, h, name):
             if turns and not turns[-1].joinable():
-                shard.forget_seat(h, seat)
+                shard.pass_over(h, seat, forgotten=True)
 
     def forget(self, shard: Shard, h: int, key: Any) -> None:
         """Forgets the key's execution in all processes. In this one it is forgotten already.
@@ -311,7 +311,7 @@ class Tier:
             if isinstance(turn, Outcome):
                 shard.share(h, seat)
                 return _read(turn, seat)  # type: ignore[no-any-return]
-            self._lead(shard, seat, turn)
+            self._lead(shard, h, seat, turn)
             before = token.set(turn.token)
             try:
                 value = fn()
@@ -347,7 +347,7 @@ class Tier:
                 shard.share(h, seat)
                 return _read(turn, seat)  # type: ignore[no-any-return]
             if turn is not None:
-                self._lead(shard, seat, turn)
+                self._lead(shard, h, seat, turn)
                 token.set(turn.token)
             try:
                 awaitable = fn()
@@ -390,16 +390,27 @@ class Tier:
             reject = won.token  # it can not be read
         return None
 
-    def _lead(self, shard: Shard, seat: Seat, lead: Lead) -> None:
+    def _lead(self, shard: Shard, h: int, seat: Seat, lead: Lead) -> None:
         """This process leads for the key of `seat`, and it is about to run the function.
 
         If it was forgotten here while the backend was asked, then who comes now starts anew, and
         shall not find it at the backend: the function itself may come. By now another process may
         lead anew, which is not to be forgotten.
+
+        If it was only passed over, for what it had followed, then nobody has forgotten what it
+        leads now: it is joined again. Others of this process that wait are not, for they wait for
+        this one, and its function would wait for itself.
         """
         record = shard.record(seat)
-        if record is not None and not record.joinable and record.end is None:
-            self.backend.forget(self.name(seat[0]), lead)
+        if record is None or record.joinable:
+            return
+        name = self.name(seat[0])
+        if shard.readmit(seat):
+            for other, turns in self._known(shard, h, name):
+                if other is not seat and _lead_of(turns) is None:
+                    shard.pass_over(h, other, forgotten=False)
+        elif record.end is None:
+            self.backend.forget(name, lead)
 
     def _won(self, turn: Turn) -> Lead | Outcome | Sealed | None:
         """What has come of a turn. `Sealed`: it can not be read, and has to be asked for anew."""
@@ -707,7 +718,7 @@ class Party:
                     mine.append(member)
                     if won is not None:
                         self._leads[member] = won
-                        tier._lead(member.shard, member.seat, won)
+                        tier._lead(member.shard, member.h, member.seat, won)
         return mine
 
     def finish(self, outcomes: dict[Any, Outcome]) -> Steps[dict[Any, Exception]]:
