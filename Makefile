@@ -105,11 +105,10 @@ test-environment: .venv/test-$(KEY)/built
 test-plain test-compiled: test-%: .venv/test-$(KEY)/built
 	@$($*) $(call run,test) pytest $(ARGS)
 
-# Dumping the stacks of a run that takes long, as hung tests do, is left to the inner one.
 test-wheel: .venv/test-$(KEY)/built
 	@if $(call is_compiled,$(<D)); then $(compiled); else $(plain); fi; \
 		export SHARDEDFLIGHT_PURE SHARDEDFLIGHT_REQUIRE_COMPILED; \
-		$(call run,test) pytest tests/test_packaging.py -m whole -s -o faulthandler_timeout=0 $(ARGS)
+		$(call run,test) pytest tests/test_packaging.py -m whole -s $(ARGS)
 
 # Warnings are errors, links between the documents among them. conf.py takes the package from src.
 sphinx = $(call run,docs) sphinx -W --keep-going -q -d build/docs/doctrees

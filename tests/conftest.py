@@ -3,10 +3,12 @@
 pytest imports test modules by path (`--import-mode=importlib`), so they need no package and their
 names may repeat; `pythonpath = ["tests"]` is what makes `from support import spawn` work in them.
 A test has 120 seconds, then pytest-timeout prints the stacks of all threads and ends the run; if
-not even that can run, faulthandler does it 30 seconds later.
+not even that can run, faulthandler does it 30 seconds later. One that is marked to have longer is
+left to pytest-timeout alone: what takes so long are processes of its own.
 Every warning is an error, and so are exceptions that nobody could catch: in `__del__`, in a thread.
 """
 
+import faulthandler
 import os
 import sys
 import sysconfig
@@ -40,6 +42,12 @@ def pytest_report_header() -> str:
     core = "compiled" if shardedflight.__compiled__ else "plain"
     gil = "on" if gil_is_on() else "off"
     return f"CPython {sys.version.split()[0]}, GIL {gil}, {core} core: {_core.__file__}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("timeout") is not None:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def is_set(variable: str) -> bool:

@@ -1,6 +1,7 @@
 """The compiled core under the sanitizer that this interpreter is for: `make sanitize`, in short."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +48,35 @@ def test_what_is_lacking_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.once
+def test_addresses_are_not_random() -> None:
+    if not sys.platform.startswith("linux") or shutil.which("setarch") is None:
+        pytest.skip("there is no setarch")
+    try:
+        before = sanitize.without_random_addresses()
+    except sanitize.Lacking as lacking:
+        pytest.skip(str(lacking))
+    if not before:
+        pytest.skip("setarch -R is not allowed here")
+    address = "import ctypes; print(ctypes.cast(ctypes.CDLL(None).printf, ctypes.c_void_p).value)"
+    command = [*before, sys.executable, "-c", address]
+    assert len({subprocess.check_output(command) for _ in range(3)}) == 1
+
+
+@pytest.mark.once
+def test_addresses_that_are_too_random_are_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bits = tmp_path / "mmap_rnd_bits"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sanitize, "RANDOM_BITS", bits)
+    bits.write_text("28\n")
+    assert sanitize.without_random_addresses() == []
+    bits.write_text("32\n")
+    with pytest.raises(sanitize.Lacking, match=r"is 32, .* run sysctl vm\.mmap_rnd_bits=28"):
+        sanitize.without_random_addresses()
+
+
+@pytest.mark.once
 @pytest.mark.skipif(shardedflight.__compiled__, reason="the plain core's run builds it anew")
 @pytest.mark.timeout(600)
 def test_nothing_is_found_in_the_core(tmp_path: Path) -> None:
@@ -58,6 +88,7 @@ def test_nothing_is_found_in_the_core(tmp_path: Path) -> None:
     sanitizer = sanitize.thread(False) if python.free_threaded else sanitize.address()
     try:
         python.library(sanitizer.runtime)
+        sanitize.without_random_addresses()
     except sanitize.Lacking as lacking:
         pytest.skip(str(lacking))
     sanitize.build(sanitizer, None, tmp_path, python)
