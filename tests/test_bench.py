@@ -223,6 +223,7 @@ BESIDE = {
     "do-async-inline": leading.ONE_TASK,
     "do-future": leading.SECOND_FUTURE,
     "followers": following.A_LIST,
+    "follower-threads": following.AN_OUTCOME,
 }
 
 

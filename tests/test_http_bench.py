@@ -1,6 +1,10 @@
 """The benchmark of what passes through the middlewares: it measures what it says."""
 
+import sys
+from pathlib import Path
+
 import pytest
+from support import Program
 
 pytest.importorskip("rich", reason="the extra `bench` is not installed")
 pytest.importorskip("uvicorn", reason="the extra `bench` is not installed")
@@ -20,3 +24,12 @@ def test_requests_that_go_another_way_are_refused(interface: str) -> None:
         wrong = http.Case("a cookie", http.CASES[0].text, cookie.way)
         with pytest.raises(RuntimeError, match="requests: a cookie"):
             ours.cost(wrong, 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_run_that_is_terminated_leaves_no_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shardedflight.bench", "--only", "http", "--without", "plain"]
+    program = Program([*command, "--keep", str(tmp_path)], mark=str(tmp_path))
+    status, said = program.terminated("bench.http_server", 4)
+    assert status == 130
+    assert said.endswith("Interrupted.\n")

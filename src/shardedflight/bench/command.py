@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -96,11 +97,15 @@ def main(arguments: Sequence[str]) -> int:
             pass
     except OSError as error:
         return _cannot_write(options.keep, error)
+    # Terminated, it ends as when it is interrupted: whatever it has started ends with it.
+    default = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         results, grid = measure_all(chosen, options.without, quick=options.quick)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, default)
     try:
         keep(options.keep, results, grid, command)
     except OSError as error:

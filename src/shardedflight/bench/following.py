@@ -17,8 +17,9 @@ AskAsync: TypeAlias = Callable[
     [Callable[[], Coroutine[Any, Any, int]]], Callable[[], Coroutine[Any, Any, object]]
 ]
 
-#: What is measured beside this library: a part of what followers do, alone.
+#: What is measured beside this library: parts of what followers do, alone.
 A_LIST = "a list of futures alone"
+AN_OUTCOME = "being told one outcome alone"
 
 #: Seconds in which threads that are about to sleep fall asleep.
 _SETTLED = 0.01
@@ -202,6 +203,30 @@ def wake_by_locks(threads_wanted: int) -> float:
     return _span([lock.acquire for lock in locks], release, lambda: True)
 
 
+def wake_and_tell(threads_wanted: int) -> float:
+    """The same, and each thread is handed the same object, and looks into it."""
+    told: list[list[tuple[int, bool]]] = [[] for _ in range(threads_wanted)]
+    locks = [threading.Lock() for _ in told]
+    for lock in locks:
+        lock.acquire()
+    outcome = (1, threads_wanted > 1)
+
+    def waiting(lock: threading.Lock, news: list[tuple[int, bool]]) -> Callable[[], object]:
+        def wait() -> object:
+            lock.acquire()
+            value, shared = news[0]
+            return value, shared
+
+        return wait
+
+    def release() -> None:
+        for lock, news in zip(locks, told, strict=True):
+            news.append(outcome)
+            lock.release()
+
+    return _span(list(map(waiting, locks, told)), release, lambda: True)
+
+
 def _span(
     waits: Sequence[Callable[[], object]], release: Callable[[], None], asleep: Callable[[], bool]
 ) -> float:
@@ -249,5 +274,10 @@ def following_threads(followers: int) -> Iterator[Sequence[Contender]]:
     def asleep() -> bool:
         return flight.stats().waiting == followers
 
-    pair = Pair(lambda: wake(ask, followers, asleep), lambda: wake_by_locks(followers))
-    yield [Contender(FORM, pair)]
+    def floor() -> float:
+        return wake_by_locks(followers)
+
+    yield [
+        Contender(FORM, Pair(lambda: wake(ask, followers, asleep), floor)),
+        Contender(AN_OUTCOME, Pair(lambda: wake_and_tell(followers), floor)),
+    ]
