@@ -651,6 +651,8 @@ def _ghosts(checked: _Checked, execution: Execution, served: Call) -> bool:
         and call.begun <= (served.ended or 0)
         and (
             call.outcome is Outcome.CLOSED  # it waits until its coroutine is collected
+            # Its thread goes on for its process, and may come to wait for a newer leader.
+            or (checked.abroad and call.how == "do_future")
             or call.ended is None
             or since is None
             or call.ended >= since

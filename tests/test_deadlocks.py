@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 
-from shardedflight import DeadlockError, FlightTimeout, ShardedFlight
+from shardedflight import DeadlockError, FlightTimeout, ShardedFlight, _deadlock
 from shardedflight._deadlock import Watch
+from shardedflight._lock import Bell
 
 KINDS = ("thread", "task", "future")
 
@@ -1183,6 +1184,13 @@ def test_a_blocking_result_for_an_execution_of_its_own_running_loop() -> None:
     assert_clean(flight)
 
 
+def sleeps(flight: ShardedFlight) -> bool:
+    """Whether one thread waits, and has looked for a cycle. It is counted before that."""
+    frames = list(sys._current_frames().values())
+    asleep = any(frame.f_code is Bell.wait.__code__ for frame in frames)
+    return asleep and flight.stats().waiting == 1
+
+
 @in_every_blocking_way
 def test_a_blocking_call_for_an_execution_that_waits_for_its_loop(
     block: Callable[[ShardedFlight, str], object],
@@ -1199,7 +1207,7 @@ def test_a_blocking_call_for_an_execution_that_waits_for_its_loop(
         task = asyncio.create_task(flight.do_async(needs_the_loop, "inner"))
         await eventually_async(lambda: flight.in_flight() == 1)
         thread = spawn(flight.do, lambda: flight.do(never, "inner")[0], "outer")
-        await eventually_async(lambda: flight.stats().waiting == 1)
+        await eventually_async(lambda: sleeps(flight))
         with pytest.raises((DeadlockError, ExceptionGroup)) as caught:
             block(flight, "outer")
         assert {"outer", "inner"} <= set(deadlock_in(caught.value).keys)
@@ -1218,7 +1226,7 @@ def test_a_thread_that_would_wait_for_the_loop_which_is_blocked_for_it() -> None
 
     def of_the_thread() -> str:
         assert blocking.wait(PATIENCE)
-        eventually(lambda: flight.stats().waiting == 1, "the loop is blocked")
+        eventually(lambda: sleeps(flight), "the loop is blocked")
         try:
             flight.do(never, "of the loop")
         except DeadlockError as error:
@@ -1261,7 +1269,7 @@ def test_two_loops_whose_threads_would_wait_for_each_other() -> None:
         await eventually_async(lambda: flight.in_flight() == 2)
         if own == "B":
             await eventually_async(first_blocks.is_set)
-            await eventually_async(lambda: flight.stats().waiting == 1)
+            await eventually_async(lambda: sleeps(flight))
         else:
             first_blocks.set()
         try:
@@ -1289,7 +1297,7 @@ def test_a_task_that_would_wait_for_a_loop_which_is_blocked_for_it() -> None:
 
     async def of_the_second_loop() -> str:
         await eventually_async(blocking.is_set)
-        await eventually_async(lambda: flight.stats().waiting == 1)
+        await eventually_async(lambda: sleeps(flight))
         try:
             await flight.do_async(never_async, "first")
         except DeadlockError as error:
@@ -1678,6 +1686,85 @@ def test_a_wait_that_was_cancelled_is_no_part_of_a_cycle() -> None:
 
 class Lost(BaseException):
     """Loses the leader."""
+
+
+def undone(monkeypatch: pytest.MonkeyPatch, undo: Callable[[], object]) -> list[DeadlockError]:
+    """Has `undo` called whenever a cycle has been found, before anybody is told; lists them."""
+    found: list[DeadlockError] = []
+    find = _deadlock._find_cycle
+
+    def find_and_undo(*args: Any) -> DeadlockError | None:
+        error = find(*args)
+        if error is not None:
+            found.append(error)
+            undo()
+        return error
+
+    monkeypatch.setattr(_deadlock, "_find_cycle", find_and_undo)
+    return found
+
+
+@pytest.mark.parametrize("end", ["value", "error", "lost"])
+@pytest.mark.parametrize("refused", ["thread", "task", "child"])
+def test_who_is_served_when_the_cycle_is_found_is_not_refused(
+    refused: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 7, sentence 1, and section 9: A's function gives B up at that moment, and A ends."""
+    flight = ShardedFlight(1)
+    give_up: list[Callable[[], object]] = []
+    entered = threading.Event()
+
+    async def a() -> str:
+        loop = asyncio.get_running_loop()
+        await eventually_async(lambda: flight.in_flight() == 2)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(None) as limit:
+                give_up.append(lambda: loop.call_soon_threadsafe(limit.reschedule, loop.time()))
+                loop.call_soon(entered.set)  # not before this task waits
+                await flight.do_async(never_async, "B")
+        if end == "lost":
+            raise Lost
+        if end == "error":
+            raise ValueError("a")
+        return "a"
+
+    async def anew() -> str:
+        return "anew"
+
+    def b() -> Any:
+        assert entered.wait(PATIENCE)
+        return flight.do(lambda: "anew", "A")
+
+    async def b_async() -> Any:
+        await eventually_async(entered.is_set)
+        if refused == "task":
+            return await flight.do_async(anew, "A")
+        child = asyncio.create_task(flight.do_async(anew, "A"))
+        await eventually_async(lambda: flight.stats().waiting == 2)
+        return await child
+
+    first = spawn_loop(lambda: flight.do_async(a, "A"))
+
+    def undo() -> None:
+        give_up[0]()
+        eventually(first.done, "the end of A")
+
+    found = undone(monkeypatch, undo)
+    if refused == "thread":
+        second = spawn(flight.do, b, "B")
+    else:
+        second = spawn_loop(lambda: flight.do_async(b_async, "B"))
+    if end == "error":
+        with pytest.raises(ValueError, match="a"):
+            second.result(PATIENCE)
+    else:
+        answer = ("a", True) if end == "value" else ("anew", False)
+        assert second.result(PATIENCE) == (answer, False)
+    assert len(found) == 1
+    stats = flight.stats()
+    assert (stats.deadlocks, stats.shared) == (0, 0 if end == "lost" else 1)
+    assert stats.promotions == (1 if end == "lost" else 0)
+    assert_clean(flight)
 
 
 @pytest.mark.parametrize("follower", ["thread", "task"])

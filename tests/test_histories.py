@@ -374,6 +374,17 @@ def test_who_learns_late_that_there_is_nothing_has_met_somebody(processes: int) 
     assert first.rules(*scripts[1:]) == ["origin"]
 
 
+def test_a_thread_that_waits_for_another_process_waits_on_when_its_caller_has_left() -> None:
+    """So it is counted, even by a leader that comes later; a coroutine's task ends."""
+    first, second = Script(1, plain=True), Script(2, plain=True)
+    leader = first.call(10, 20)
+    first.serve(first.run(leader, 11, 15), leader, shared=True)
+    left = second.leave(second.call(0, 4, how="do_future"))
+    assert first.rules(second) == []
+    left.how = "do_async"
+    assert first.rules(second) == ["shared"]
+
+
 def test_a_forget_holds_in_all_processes() -> None:
     first, second, follower, _ = two_processes()
     follower.begun = 8

@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import PATIENCE, eventually, spawn
 from test_processes import need_fork
-from test_tiers import marks, values
+from test_tiers import HOWS, marks, values
 from tier_support import Worker
 
 from shardedflight import BackendError, DeadlockError, FlightErrorGroup, ShardedFlight, coalesce
@@ -28,6 +30,7 @@ from shardedflight.backends import fencing_token
 if os.name == "nt":
     pytest.skip("the host tier is for POSIX", allow_module_level=True)
 
+from shardedflight.backends import host
 from shardedflight.backends.host import HostBackend
 
 pytestmark = pytest.mark.around
@@ -265,14 +268,20 @@ def test_who_was_passed_over_and_leads_is_the_one_that_is_joined(
     assert passed_over.result(PATIENCE) == beside.result(PATIENCE) == ("new", True)
 
 
+def led_by(backend: HostBackend) -> Lead:
+    """What a backend leads for a key that nobody else has asked for."""
+    (turn,) = backend.join([(b"n" * 20, 0)], True)
+    lead = turn.result(PATIENCE)
+    assert isinstance(lead, Lead)
+    return lead
+
+
 def test_what_is_ended_is_not_given_up_as_well(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two that take a name away could take that of the next leader: its caller may leave then."""
     first, second = HostBackend(directory), HostBackend(directory)
-    (turn,) = first.join([(b"n" * 20, 0)], True)
-    lead = turn.result(PATIENCE)
-    assert isinstance(lead, Lead)
+    lead = led_by(first)
     ending, end = hold(monkeypatch, os, "unlink")  # type: ignore[arg-type]
     finished = spawn(first.finish, [(lead, b"outcome")], True)
     assert ending.wait(PATIENCE)
@@ -282,6 +291,60 @@ def test_what_is_ended_is_not_given_up_as_well(
     end.set()
     assert finished.result(PATIENCE)[0].result(PATIENCE) == 1
     assert follower.result(PATIENCE) == Sealed(lead.token, b"outcome")
+
+
+def test_a_forget_and_an_end_take_one_name_away(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of the next leader, too, which would be led beside then."""
+    first, second, third = (HostBackend(directory) for _ in range(3))
+    lead = led_by(first)
+    ending, end = hold(monkeypatch, os, "unlink")  # type: ignore[arg-type]
+    finished = spawn(first.finish, [(lead, b"outcome")], True)
+    assert ending.wait(PATIENCE)
+    forgotten = spawn(second.forget, b"n" * 20)
+    wait([forgotten], timeout=0.3)  # it waits for the end, or has done it at once
+    (newer,) = second.join([(b"n" * 20, 0)], True)
+    end.set()
+    finished.result(PATIENCE)
+    forgotten.result(PATIENCE)
+    (newest,) = third.join([(b"n" * 20, 0)], True)
+    assert [isinstance(newer.result(PATIENCE), Lead), newest.done()].count(True) == 1
+
+
+def test_a_directory_that_is_removed_takes_no_outcome_away(directory: Path) -> None:
+    """Something may clear up there: who has met by then is served all the same."""
+    first, second = HostBackend(directory), HostBackend(directory)
+    lead = led_by(first)
+    (follower,) = second.join([(b"n" * 20, 0)], True)
+    shutil.rmtree(directory)
+    (finished,) = first.finish([(lead, b"outcome")], True)
+    assert finished.result(PATIENCE) == 1
+    assert follower.result(PATIENCE) == Sealed(lead.token, b"outcome")
+
+
+@pytest.mark.parametrize("at", ["_File.try_lock", "HostBackend._attach"])
+def test_who_left_before_it_was_a_follower_leaves_no_mark(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """It is entered on a thread of the backend, which may come late: when there is a new leader."""
+    first, second = HostBackend(directory), HostBackend(directory)
+    lead = led_by(first)
+    if at == "HostBackend._attach":  # its process follows already, though nobody waits
+        (before,) = second.join([(b"n" * 20, 0)], True)
+        assert before.cancel()
+        eventually(lambda: marks(directory) == 0)
+    (file,) = files(directory)
+    written = file.read_bytes()
+    owner, method = at.split(".")
+    entering, enter = hold(monkeypatch, getattr(host, owner), method)
+    (late,) = second.join([(b"n" * 20, 0)], False)
+    assert entering.wait(PATIENCE)
+    assert late.cancel()
+    enter.set()
+    second.close()  # when it has entered
+    assert file.read_bytes() == written
+    assert [done.result(PATIENCE) for done in first.finish([(lead, b"outcome")], True)] == [0]
 
 
 def test_a_killed_leader_is_replaced_within_50_ms(directory: Path, start: Any) -> None:
@@ -385,6 +448,7 @@ import os, sys
 from pathlib import Path
 from shardedflight import BackendError
 from shardedflight.backends import MessagePack
+from shardedflight.backends import host
 from shardedflight.backends.host import HostBackend
 path, codec = Path(sys.argv[1]), MessagePack()  # before nothing can be imported any more
 os.chown(path, 65534, 65534); path.chmod(0o500)
@@ -582,6 +646,43 @@ def test_what_is_refused_hands_over(directory: Path) -> None:
         asyncio.run(flight.do_async(lambda: 1, "k"))  # type: ignore[arg-type, return-value]  # pyright: ignore[reportArgumentType]
     assert files(directory) == []
     assert flight.do(lambda: 1, "k") == (1, False)
+
+
+@pytest.mark.parametrize("how", [*HOWS, "do_many, led for all", "do_many_async, led for all"])
+def test_who_does_not_lead_for_all_processes_has_no_token(
+    directory: Path, tmp_path: Path, how: str
+) -> None:
+    """Not that of the function that calls, either, whose context a coroutine and, free-threaded, a
+    new thread have. Nor has a function for many keys, of which each has its own."""
+    how, _, led = how.partition(", ")
+    gone = tmp_path / "gone"
+    backend = HostBackend(gone)
+    found: list[int | None] = []
+
+    def function(*_: Any) -> Any:
+        found.append(fencing_token())
+        return {"k": 1}
+
+    async def coroutine(*_: Any) -> Any:
+        return function()
+
+    def call() -> None:
+        assert fencing_token() is not None
+        work = coroutine if "async" in how else function
+        called = getattr(flight, how)(work, ["k"] if "many" in how else "k")
+        if how == "do_future":
+            called.result(PATIENCE)
+        elif "async" in how:
+            asyncio.run(called)
+
+    with ThreadPoolExecutor() as pool:
+        flight = ShardedFlight(backend=backend, executor=pool)
+        if not led:
+            (gone / "token").unlink()
+            gone.rmdir()
+        ShardedFlight(backend=HostBackend(directory)).do(call, "k")
+    assert found == [None]
+    assert (flight.stats().remote_leads, flight.stats().fallbacks) == ((1, 0) if led else (0, 1))
 
 
 def test_the_token_is_there_while_the_function_runs(directory: Path) -> None:

@@ -7,9 +7,11 @@ and serve the tests of sections 3, 5 and 6 too.
 import asyncio
 import contextvars
 import functools
+import gc
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from typing import Any
@@ -367,6 +369,28 @@ def test_the_default_pool_is_made_lazily() -> None:
     assert set(threading.enumerate()) - before
 
 
+class Request:
+    """What a caller has in its context."""
+
+
+def test_the_default_pool_has_no_callers_context() -> None:
+    """Free-threaded, a thread inherits the context in which it is started: that of the first caller
+    would be there for all functions that the thread runs, and be kept as long as it lives."""
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable", default="unset")
+    flight = ShardedFlight()
+
+    def caller() -> Any:
+        request = Request()
+        variable.set(request)
+        seen, _ = flight.do_future(variable.get, "k").result(PATIENCE)
+        return seen, weakref.ref(request)
+
+    seen, request = contextvars.Context().run(caller)
+    assert seen == "unset"
+    gc.collect()
+    assert request() is None
+
+
 def test_do_future_gives_a_concurrent_future() -> None:
     """`do_future` returns a `concurrent.futures.Future` of `(value, shared)`, to both kinds."""
     flight = ShardedFlight()
@@ -587,6 +611,23 @@ def test_a_coroutine_that_does_not_suspend_is_a_whole_task_all_the_same() -> Non
         assert task.cancelling() == 0
 
     asyncio.run(main())
+
+
+def test_a_loop_keeps_no_callers_context() -> None:
+    """A timer has the context in which it is set; one watches each loop as long as it is open."""
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable")
+    flight = ShardedFlight()
+
+    async def caller() -> Any:
+        request = Request()
+        variable.set(request)
+        await flight.do_async(functools.partial(asyncio.sleep, 0), "k")
+        return weakref.ref(request)
+
+    with asyncio.Runner() as runner:
+        request = runner.run(caller(), context=contextvars.Context())
+        gc.collect()
+        assert request() is None
 
 
 def test_do_async_takes_any_awaitable() -> None:

@@ -1,7 +1,10 @@
 """Contract, section 5: leaving, by timeout, cancellation, and a future's `cancel`."""
 
 import asyncio
+import contextvars
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -766,6 +769,45 @@ def test_finish_with_nobody_left(error: Exception | None) -> None:
     assert flight.do(lambda: "next", "k") == ("next", False)
     assert flight.stats().executions == 2
     caller.end()
+
+
+class Held(BaseException):
+    """A value, or an end, that nobody takes."""
+
+
+@pytest.mark.parametrize("method", ["do_async", "do_many_async"])
+@pytest.mark.parametrize("fails", [False, True], ids=["value", "lost"])
+def test_a_context_that_outlives_an_execution_keeps_no_outcome(method: str, fails: bool) -> None:
+    """Free-threaded, threads inherit the context in which they are started; a pool's stay."""
+    flight = ShardedFlight(on_abandon="finish")
+    contexts: list[contextvars.Context] = []
+    outcomes: list[weakref.ref[Held]] = []
+
+    async def main() -> None:
+        running, go = asyncio.Event(), asyncio.Event()
+
+        async def work(*_: Any) -> Any:
+            contexts.append(contextvars.copy_context())
+            running.set()
+            await go.wait()
+            held = Held()
+            outcomes.append(weakref.ref(held))
+            if fails:
+                raise held
+            return held if method == "do_async" else {"k": held}
+
+        key: Any = "k" if method == "do_async" else ["k"]
+        caller = asyncio.create_task(getattr(flight, method)(work, key))
+        await running.wait()
+        caller.cancel()
+        await asyncio.wait([caller])
+        go.set()
+        await eventually_async(lambda: flight.in_flight() == 0 and len(asyncio.all_tasks()) == 1)
+
+    asyncio.run(main())
+    gc.collect()
+    assert len(contexts) == 1
+    assert [outcome() for outcome in outcomes] == [None]
 
 
 # --- futures ---

@@ -16,9 +16,9 @@ from proof.soak.census import left_behind
 from proof.soak.keys import PLAIN_KEYS, Lost
 from proof.soak.mix import Mix, Mood, watch_forgets
 from proof.soak.tally import compare
-from support import eventually_async
+from support import PATIENCE, eventually, eventually_async, spawn
 
-from shardedflight import ShardedFlight
+from shardedflight import ShardedFlight, _flight
 from shardedflight._core import Execution
 from shardedflight._replica import Failure
 
@@ -121,7 +121,36 @@ def test_a_record_that_is_left_is_found() -> None:
 # -- what is no fault -----------------------------------------------------------------------------
 
 
-def test_a_call_for_many_that_one_loss_ends_has_left_its_other_runs() -> None:
+def test_a_record_is_not_left_while_its_waiters_are_being_woken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By then nothing is in flight."""
+    flight = ShardedFlight()
+    waking, wake, real = threading.Event(), threading.Event(), _flight.wake_all
+
+    def held_up(record: Execution) -> None:
+        waking.set()
+        assert wake.wait(PATIENCE)
+        real(record)
+
+    monkeypatch.setattr(_flight, "wake_all", held_up)
+    met = threading.Event()
+    leader = spawn(flight.do, lambda: met.wait(PATIENCE), "k")
+    eventually(lambda: flight.in_flight() == 1)
+    follower = spawn(flight.do, lambda: False, "k")
+    eventually(lambda: flight.stats().waiting == 1)
+    met.set()
+    assert waking.wait(PATIENCE)
+    assert flight.in_flight() == 0
+    assert left_behind(flight) != []
+    looking = spawn(left_behind, flight, PATIENCE)
+    wake.set()
+    assert looking.result(PATIENCE) == []
+    assert leader.result(PATIENCE) == follower.result(PATIENCE) == (True, True)
+
+
+@pytest.mark.parametrize("told", ["at once", "when the other run has ended"])
+def test_a_call_for_many_that_one_loss_ends_has_left_its_other_runs(told: str) -> None:
     """So they are abandoned: somebody else may run for their keys before they have ended."""
     flight, history = ShardedFlight(), History()
     mix = Mix(flight, history, Mood("rough", leaving=True), "one loss", size=1, forks=False)
@@ -140,7 +169,7 @@ def test_a_call_for_many_that_one_loss_ends_has_left_its_other_runs() -> None:
             try:
                 if names == ["a"]:
                     await lose_a.wait()
-                    raise Lost(None)
+                    raise Lost(executions[0].number)
                 run_again.set()
                 try:
                     await asyncio.Event().wait()
@@ -153,11 +182,10 @@ def test_a_call_for_many_that_one_loss_ends_has_left_its_other_runs() -> None:
 
         calls = {name: history.invoke(name, "do_many_async") for name in "ab"}
 
-        async def many() -> None:
-            try:
+        async def many() -> Lost:
+            with pytest.raises(Lost) as caught:
                 await flight.do_many_async(function, ["a", "b"])
-            except Lost as error:
-                mix._many_failed(calls, error)
+            return caught.value
 
         async def newer() -> Any:
             return history.value(history.begin(call))
@@ -169,11 +197,15 @@ def test_a_call_for_many_that_one_loss_ends_has_left_its_other_runs() -> None:
         lose_b.set()
         await run_again.wait()
         lose_a.set()
-        await caller
+        error = await caller
+        if told == "at once":
+            mix._many_failed(calls, error)
         call = history.invoke("b", "do_async")
         history.returned(call, *await flight.do_async(newer, "b"))
         end.set()
         await eventually_async(lambda: flight.in_flight() == 0)
+        if told != "at once":
+            mix._many_failed(calls, error)
         await asyncio.gather(leader, return_exceptions=True)
 
     asyncio.run(main())

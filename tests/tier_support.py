@@ -111,7 +111,9 @@ class Worker:
 
     def stop(self) -> None:
         if self.process.is_alive():
-            self.signal(signal.SIGCONT)
+            # One that was killed may be gone, and its parent, the fork server, not have told yet.
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGCONT)
             self.process.terminate()  # so that coverage.py can write what it has measured
             self.process.join()
         self._reader.join()

@@ -246,16 +246,17 @@ PLANTS = (
     Plant(
         "looks, then waits",  # the edge is entered after the search for a cycle
         "cycle_begun",
-        flight,
-        "begin_wait",
+        deadlock,
+        "_enter",
         {
-            "            _blocked[me] = executions\n": "",
-            "thread not in _blocked:\n": (
-                "thread not in _blocked:\n                        _blocked[me] = executions\n"
+            "            blocked[me] = executions\n": "",
+            "is None:\n                        return": (
+                "is None:\n                        blocked[me] = executions\n"
+                "                        return"
             ),
             "        with _lock:\n": (
                 "        if future is None:\n"
-                "            _blocked[me] = executions\n"
+                "            blocked[me] = executions\n"
                 "        with _lock:\n"
             ),
         },
@@ -263,8 +264,8 @@ PLANTS = (
     Plant(
         "found by two",  # the edge of a wait that was refused is still seen
         "cycle_waits",
-        flight,
-        "begin_wait",
+        deadlock,
+        "_enter",
         {
             (
                 "            if error is not None:\n                end_wait(future)"

@@ -180,6 +180,7 @@ def renew(scheduler: Scheduler) -> None:
     flight._pool_lock = Lock()  # type: ignore[assignment]
     flight._observers_lock = Lock()  # type: ignore[assignment]
     deadlock._lock = Lock()  # type: ignore[assignment]
-    deadlock._blocked.clear()
+    for blocked in deadlock._blocked:
+        blocked.clear()
     core.late.clear()
     core._flights.clear()  # of flights that only the garbage collector can free

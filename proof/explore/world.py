@@ -444,7 +444,7 @@ class World:
             left = getattr(shard, name)
             if left:
                 raise Wrong(f"{name} is {left!r} at the end")
-        if deadlock._blocked or core.late:
+        if any(deadlock._blocked) or core.late:
             raise Wrong(f"there is still {deadlock._blocked!r}, {core.late!r}")
 
     def _check_stats(self) -> None:

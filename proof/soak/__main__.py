@@ -352,6 +352,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # Terminated, it ends as when it is interrupted, and ends what it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.moods = options.moods.split(",")
     unknown = [mood for mood in options.moods if mood not in _MOODS]
     if unknown:

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,26 @@ def _resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def left_behind(flight: ShardedFlight) -> list[str]:
-    """What a quiet flight must not have any more, as text."""
+def left_behind(flight: ShardedFlight, patience: float = 0.0) -> list[str]:
+    """What a quiet flight must not have any more, as text.
+
+    Args:
+        flight: That nobody calls any more.
+        patience: Seconds for those who are still about it. An execution is not in flight any more
+            before its record is dropped, and the end of a closed loop's is told on a thread that
+            nobody waits for.
+    """
+    deadline = time.monotonic() + patience
+    while (found := _left(flight)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
+
+
+def _left(flight: ShardedFlight) -> list[str]:
     found: list[tuple[str, Any]] = [
         ("executions", flight._executions()),
         ("late ends", _core.late),
-        ("blocked threads", _deadlock._blocked),
+        *(("blocked threads", blocked) for blocked in _deadlock._blocked),
         ("backend's calls", {} if flight._tier is None else flight._tier._abroad),
     ]
     for shard in flight._made_shards():

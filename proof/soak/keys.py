@@ -47,7 +47,7 @@ KEYS = (*PLAIN_KEYS, *_keys((_Twin("A"),), (_Twin("B"),), (_Twin("A"), _Twin("B"
 
 
 class Lost(BaseException):
-    """Loses a leader. It names the execution."""
+    """Loses a leader. It names the execution, or those of one run for many keys."""
 
 
 class Interrupt(KeyboardInterrupt, Lost):

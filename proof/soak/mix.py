@@ -463,7 +463,7 @@ class Mix:
         if plan.end == "lost":
             for execution in executions.values():
                 self.history.end(execution, End.LOST)
-            raise Lost(None)
+            raise Lost(*(execution.number for execution in executions.values()))
         found: dict[Any, Any] = {"nobody asked": "for this"}
         for number, (name, execution) in enumerate(executions.items()):
             if plan.end == "missing" and number == 0:
@@ -495,8 +495,6 @@ class Mix:
                 else:
                     history.missed(call)
             return
-        led_by_it = [history.executions[number] for call in calls.values() for number in call.led]
-        losses = [e.ended for e in led_by_it if e.end is End.LOST and e.ended is not None]
         for call in calls.values():
             if call.outcome is Outcome.CLOSED:
                 continue
@@ -507,9 +505,10 @@ class Mix:
                 else:
                     history.gone(call, Outcome.UNTOLD)
             elif isinstance(error, Lost):
-                own = led is not None and led.end is End.LOST
+                own = led is not None and led.number in error.args
                 if not own:  # with one run of its function lost, it leaves the others
-                    call.leaving = call.leaving or min(losses, default=call.begun)
+                    lost = history.executions[error.args[0]]
+                    call.leaving = call.leaving or lost.ended or call.begun
                 history.gone(call, Outcome.OWN if own else Outcome.LEFT)
             elif isinstance(error, DeadlockError):
                 call.leaving = call.leaving or call.begun

@@ -155,7 +155,7 @@ class _Worker:
         miscounted = compare(mix, before, after)
         if mix.mood.observed:
             miscounted += _observed(observer.counts, mix)
-        left = left_behind(mix.flight)
+        left = left_behind(mix.flight, PATIENCE)
         where = f"process {self.process}, window {mix.seed}, {mix.mood.name}: "
         return {
             "calls": len(history.calls),

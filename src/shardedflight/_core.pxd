@@ -5,11 +5,15 @@
 # one for each leader, and a hash table for the seats of those for whom there is none. A leader that
 # nobody meets writes a slot and clears it, and makes no object at all: the seat, a tuple as in the
 # plain form, but with a third item (which of its thread's leads it is), is made by the first who
-# asks.
+# asks. That is `do`'s way. The other methods have made their seats before, and give up their slots
+# to it.
 #
-# The table of the others is one array, probed from a seat's own place onwards (Knuth, TAOCP 3, 6.4,
-# algorithms L and R). A dict would need an object for each hash, and with a million seats in it,
-# each look would wait for memory twice: for its index, and for the entry.
+# The table of the others is an array, probed from a seat's own place onwards (Knuth, TAOCP 3, 6.4,
+# algorithms L and R). A dict would need an object for each hash. So that a call does not wait for
+# memory when a million seats are in, there are two such tables: a small one that new seats enter,
+# and that most have left again before it is full, and one for those that were in it when it was.
+# A call that finds nobody reads but a byte of the larger one, for each entry has a tag (as in
+# Abseil's Swiss tables, https://abseil.io/about/design/swisstables).
 #
 # With the GIL the GIL is the line's lock: between `lock` and `unlock` no Python code runs and
 # nothing is allocated that the garbage collector knows. Without it, a PyMutex is.
@@ -22,6 +26,7 @@ cdef extern from "Python.h":
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport SIZE_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 
 cdef extern from *:
@@ -155,32 +160,40 @@ cdef enum:
     BLOCK_BITS = 6
     BLOCK = 1 << 6
     FREE = -1
+    LINKED = 0
     MET = 1
     BESIDE = 2
     FEWEST_EXTRAS = 8
+    TAG = 0x80             # of an entry that is taken
+    YOUNG = 64             # entries of the younger of a line's two tables
 
 ctypedef struct slot_t:
     Py_hash_t h
     PyObject* part         # of the key, and the tuple of `more`; borrowed from the leader's frame.
     PyObject* more         # Once somebody has asked for the seat, `part` is the seat, and owned.
     unsigned long ident    # of the leader's thread; 0 if `part` is the seat, or the slot is free
-    int64_t serial         # of the lead, among those of its thread; FREE: nobody has the slot
+    int64_t serial         # of the lead, among those of its thread, from 1 on. FREE: nobody has the
+                           # slot. LINKED: a seat that does not know where it is, see `line_link`.
 
 ctypedef struct entry_t:
     Py_hash_t h
-    PyObject* seat         # owned; NULL: free
+    PyObject* seat         # owned
 
 ctypedef struct extras_t:
     size_t mask            # one less than how many entries there are, a power of two
-    entry_t entry[1]
+    size_t count           # how many of them are taken
+    size_t recent          # the `count` of
+    extras_t* younger      # the younger table; NULL until it is needed
+    entry_t* entry         # apart from the tags, which so are on few pages, however many lines
+    uint8_t tag[1]         # of each entry some bits of the hash, and TAG; 0: free
 
 ctypedef struct line_t:
     mutex_t mutex
     uint8_t flags          # MET, BESIDE: whether Shard.met and Shard.overflow have anything
     uint8_t slots
     uint8_t top            # beyond are free slots only
-    uint32_t extra         # how many seats are in
-    extras_t* extras       # NULL until there is one too many
+    uint32_t extra         # how many seats are in the tables
+    extras_t* extras       # the older one; NULL until there is a seat too many
     int64_t started
     slot_t slot[1]         # as many as `slots`
 
@@ -293,6 +306,7 @@ cdef inline line_t* line_at(object memory, size_t index) except NULL:
 cdef inline void drop_lines(object memory) noexcept:
     cdef lines_t* lines = <lines_t*>PyCapsule_GetPointer(memory, NULL)
     cdef line_t* line
+    cdef extras_t* extras
     cdef size_t i, s
     for i in range(lines.count):
         line = line_made(lines, i)
@@ -301,11 +315,10 @@ cdef inline void drop_lines(object memory) noexcept:
         for s in range(line.slots):
             if is_made(&line.slot[s]):
                 Py_DECREF(<object>line.slot[s].part)
-        if line.extras != NULL:
-            for s in range(line.extras.mask + 1):
-                if line.extras.entry[s].seat != NULL:
-                    Py_DECREF(<object>line.extras.entry[s].seat)
-            PyMem_RawFree(line.extras)
+        extras = line.extras
+        if extras != NULL:
+            drop_extras(extras.younger)
+            drop_extras(extras)
     free_lines(lines)
 
 
@@ -324,81 +337,182 @@ cdef inline void lines_orphan(object memory):
 # -- the seats for which there is no slot; all of it under the lock ---------------------------------
 
 
-cdef inline size_t place_of(extras_t* extras, Py_hash_t h) noexcept nogil:
-    """Where the probing for a hash begins."""
+cdef inline void free_extras(extras_t* extras) noexcept nogil:
+    PyMem_RawFree(extras.entry)
+    PyMem_RawFree(extras)
+
+
+cdef inline void drop_extras(extras_t* extras) noexcept:
+    """Frees a table, if there is one, with the seats in it."""
+    cdef size_t i
+    if extras != NULL:
+        for i in range(extras.mask + 1):
+            if extras.tag[i]:
+                Py_DECREF(<object>extras.entry[i].seat)
+        free_extras(extras)
+
+
+cdef inline size_t copy_hashes(extras_t* extras, Py_hash_t* hashes) noexcept nogil:
+    """Writes the hashes that are in a table, if there is one; returns how many."""
+    cdef size_t count = 0
+    cdef size_t i
+    if extras != NULL:
+        for i in range(extras.mask + 1):
+            if extras.tag[i]:
+                hashes[count] = extras.entry[i].h
+                count += 1
+    return count
+
+
+cdef inline uint64_t mix(Py_hash_t h) noexcept nogil:
+    """What places a hash: the place in the low bits, the tag in the highest."""
     # The bits that have chosen the line (see `mixed`) are those of all hashes here.
     cdef uint64_t bits = <uint64_t>h
     bits = (bits ^ (bits >> 32)) * <uint64_t>0xD6E8FEB86659FD93ULL
-    return (bits ^ (bits >> 32)) & extras.mask
+    return bits ^ (bits >> 32)
 
 
-cdef inline entry_t* entry_of(extras_t* extras, Py_hash_t h) noexcept nogil:
+cdef inline uint8_t tag_of(uint64_t mixed) noexcept nogil:
+    return <uint8_t>(mixed >> 57) | TAG
+
+
+cdef inline size_t entry_of(extras_t* extras, uint64_t mixed, Py_hash_t h) noexcept nogil:
     """The entry with this hash, or the free one where it belongs."""
-    cdef size_t i = place_of(extras, h)
-    while extras.entry[i].seat != NULL and extras.entry[i].h != h:
+    cdef size_t i = mixed & extras.mask
+    cdef uint8_t tag = tag_of(mixed)
+    while extras.tag[i] and (extras.tag[i] != tag or extras.entry[i].h != h):
         i = (i + 1) & extras.mask
-    return &extras.entry[i]
+    return i
 
 
 cdef inline PyObject* in_extras(line_t* line, Py_hash_t h) noexcept nogil:
     """The seat with this hash, borrowed, or NULL."""
-    return entry_of(line.extras, h).seat if line.extra else NULL
+    cdef extras_t* extras = line.extras
+    cdef uint64_t mixed
+    cdef size_t i
+    if line.extra:
+        mixed = mix(h)
+        i = entry_of(extras, mixed, h)
+        if extras.tag[i]:
+            return extras.entry[i].seat
+        if extras.recent:
+            extras = extras.younger
+            i = entry_of(extras, mixed, h)
+            if extras.tag[i]:
+                return extras.entry[i].seat
+    return NULL
+
+
+cdef inline void put_extra(extras_t* extras, Py_hash_t h, PyObject* seat) noexcept nogil:
+    """Puts in a seat whose hash nobody has; there is room."""
+    cdef uint64_t mixed = mix(h)
+    cdef size_t i = entry_of(extras, mixed, h)
+    extras.tag[i] = tag_of(mixed)
+    extras.entry[i].h = h
+    extras.entry[i].seat = seat
+    extras.count += 1
+
+
+cdef inline void put_all(extras_t* extras, extras_t* others) noexcept nogil:
+    """Puts in the seats of another table."""
+    cdef size_t i
+    for i in range(others.mask + 1):
+        if others.tag[i]:
+            put_extra(extras, others.entry[i].h, others.entry[i].seat)
+
+
+cdef inline extras_t* new_extras(size_t size) noexcept nogil:
+    """A table of that many entries, a power of two; NULL if there is no memory for it."""
+    cdef extras_t* extras = <extras_t*>PyMem_RawCalloc(1, sizeof(extras_t) + size)
+    cdef entry_t* entry = <entry_t*>PyMem_RawCalloc(size, sizeof(entry_t))
+    if extras == NULL or entry == NULL:
+        PyMem_RawFree(extras)
+        PyMem_RawFree(entry)
+        return NULL
+    extras.mask = size - 1
+    extras.entry = entry
+    return extras
 
 
 cdef inline bint resize_extras(line_t* line, size_t size) noexcept nogil:
-    """Moves the seats into as many entries, a power of two; False if there is no memory for it."""
+    """Gives the older table that many entries; False if there is no memory for it."""
     cdef extras_t* old = line.extras
-    cdef entry_t* entry
-    cdef size_t i
-    cdef extras_t* new = <extras_t*>PyMem_RawCalloc(
-        1, sizeof(extras_t) + (size - 1) * sizeof(entry_t)
-    )
+    cdef extras_t* new = new_extras(size)
     if new == NULL:
         return False
-    new.mask = size - 1
     if old != NULL:
-        for i in range(old.mask + 1):
-            if old.entry[i].seat != NULL:
-                entry = entry_of(new, old.entry[i].h)
-                entry[0] = old.entry[i]
+        new.recent = old.recent
+        new.younger = old.younger
+        put_all(new, old)
+        free_extras(old)
     line.extras = new
-    PyMem_RawFree(old)
+    return True
+
+
+cdef inline bint age_extras(line_t* line) noexcept nogil:
+    """Moves what is in the younger table to the older one; False if there is no memory for it."""
+    cdef extras_t* young = line.extras.younger
+    cdef size_t size = line.extras.mask + 1
+    while size < 2 * (line.extras.count + young.count):
+        size *= 2
+    if size > line.extras.mask + 1 and not resize_extras(line, size):
+        return False
+    put_all(line.extras, young)
+    memset(young.tag, 0, YOUNG)
+    young.count = line.extras.recent = 0
     return True
 
 
 cdef inline bint add_extra(line_t* line, Py_hash_t h, object seat) noexcept:
     """Adds a seat whose hash nobody has; False if there is no memory for it."""
     cdef size_t size = 0 if line.extras == NULL else line.extras.mask + 1
-    cdef entry_t* entry
-    # At most half of them are taken: then a search ends after one or two.
-    if 2 * (<size_t>line.extra + 1) > size and not resize_extras(
-        line, 2 * size if size else FEWEST_EXTRAS
-    ):
-        return False
-    entry = entry_of(line.extras, h)
-    entry.h = h
+    cdef extras_t* young
+    # At most half of the entries are taken: then a search ends after one or two.
+    if size < YOUNG:
+        if not size or 2 * (line.extras.count + 1) > size:
+            if not resize_extras(line, 2 * size if size else FEWEST_EXTRAS):
+                return False
+        put_extra(line.extras, h, <PyObject*>seat)
+    else:
+        young = line.extras.younger
+        if young == NULL:
+            young = line.extras.younger = new_extras(YOUNG)
+            if young == NULL:
+                return False
+        elif 2 * (young.count + 1) > YOUNG and not age_extras(line):
+            return False
+        put_extra(young, h, <PyObject*>seat)
+        line.extras.recent = young.count
     Py_INCREF(seat)
-    entry.seat = <PyObject*>seat
     line.extra += 1
     return True
 
 
 cdef inline void remove_extra(line_t* line, Py_hash_t h) noexcept nogil:
-    """Removes the seat with this hash; it is its caller's now."""
+    """Removes the seat with this hash, which is in; it is its caller's now."""
+    cdef uint64_t mixed = mix(h)
     cdef extras_t* extras = line.extras
-    cdef size_t gap = entry_of(extras, h) - &extras.entry[0]
-    cdef size_t i = gap
+    cdef size_t gap = entry_of(extras, mixed, h)
+    cdef size_t i
+    if not extras.tag[gap]:
+        extras.recent -= 1
+        extras = extras.younger
+        gap = entry_of(extras, mixed, h)
+    i = gap
     while True:
         i = (i + 1) & extras.mask
-        if extras.entry[i].seat == NULL:
+        if not extras.tag[i]:
             break
         # Whatever was probed for by way of the gap moves into it.
-        if ((i - place_of(extras, extras.entry[i].h)) & extras.mask) >= ((i - gap) & extras.mask):
+        if ((i - mix(extras.entry[i].h)) & extras.mask) >= ((i - gap) & extras.mask):
+            extras.tag[gap] = extras.tag[i]
             extras.entry[gap] = extras.entry[i]
             gap = i
-    extras.entry[gap].seat = NULL
+    extras.tag[gap] = 0
+    extras.count -= 1
     line.extra -= 1
-    if extras.mask >= FEWEST_EXTRAS and 8 * <size_t>line.extra <= extras.mask:
+    extras = line.extras
+    if extras.mask >= FEWEST_EXTRAS and 8 * extras.count <= extras.mask:
         resize_extras(line, (extras.mask + 1) // 2)  # if there is memory for it
 
 
@@ -509,6 +623,18 @@ cdef inline int vacant(line_t* line) noexcept nogil:
     return line.top - 1
 
 
+cdef inline int vacated(line_t* line) noexcept:
+    """A slot whose seat goes to those for which there is none, or -1. Under the lock."""
+    cdef int i
+    for i in range(line.top):
+        if line.slot[i].serial == LINKED:
+            if not add_extra(line, line.slot[i].h, <object>line.slot[i].part):
+                return -1
+            Py_DECREF(<object>line.slot[i].part)
+            return i
+    return -1
+
+
 cdef inline int line_claim(line_t* line, Py_hash_t h, PyObject* part, PyObject* more):
     """Takes a slot for a leader on this thread, and counts its execution."""
     cdef int i
@@ -518,6 +644,8 @@ cdef inline int line_claim(line_t* line, Py_hash_t h, PyObject* part, PyObject* 
         unlock(&line.mutex)
         return TAKEN
     i = vacant(line)
+    if i < 0:
+        i = vacated(line)
     if i < 0:
         unlock(&line.mutex)
         return FULL
@@ -707,7 +835,7 @@ cdef inline object line_link(line_t* line, Py_hash_t h, object seat):
     else:
         linked = True
         line.slot[i].h = h
-        line.slot[i].serial = 0
+        line.slot[i].serial = LINKED
         make_seat(&line.slot[i], seat)
     unlock(&line.mutex)
     if not linked:
@@ -742,6 +870,7 @@ cdef inline list line_seats(line_t* line):
     cdef size_t room = 0
     cdef size_t count = 0
     cdef size_t i
+    cdef extras_t* extras
     lock(&line.mutex)
     while room < line.top + <size_t>line.extra:
         room = 2 * (line.top + <size_t>line.extra)
@@ -755,11 +884,10 @@ cdef inline list line_seats(line_t* line):
         if line.slot[i].serial != FREE:
             hashes[count] = line.slot[i].h
             count += 1
-    if line.extra:
-        for i in range(line.extras.mask + 1):
-            if line.extras.entry[i].seat != NULL:
-                hashes[count] = line.extras.entry[i].h
-                count += 1
+    extras = line.extras
+    if extras != NULL:
+        count += copy_hashes(extras, hashes + count)
+        count += copy_hashes(extras.younger, hashes + count)
     unlock(&line.mutex)
     try:
         for i in range(count):

@@ -26,7 +26,7 @@ import os
 import sys
 import types
 from asyncio import current_task
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
@@ -67,8 +67,10 @@ leading_code: set[types.CodeType] = set() if compiled else {Core.do.__code__}
 
 #: Held while somebody enters an edge and looks, so that of a cycle exactly one caller finds it.
 _lock = SteadyLock()
-#: What a blocked thread waits for, by its ident.
-_blocked: dict[int | None, Sequence[Any]] = {}
+
+#: What each blocked thread waits for, by its ident. In several dicts: free-threaded, a dict has a
+#: lock, for which all the threads that an execution has just woken would queue.
+_blocked: tuple[dict[int, Sequence[Any]], ...] = tuple({} for _ in range(61))
 #: The event loops that such threads were running, by the same.
 _held_up: dict[int, asyncio.AbstractEventLoop] = {}
 
@@ -87,7 +89,10 @@ def begin_run(run: LoopRun) -> None:
 
 
 def begin_wait(
-    shard: Shard, executions: Sequence[Any], future: "asyncio.Future[Any] | None" = None
+    shard: Shard,
+    executions: Sequence[Any],
+    future: "asyncio.Future[Any] | None" = None,
+    leave: Callable[[], bool] = lambda: True,
 ) -> None:
     """From now on this thread waits for `executions`, or this task by awaiting `future`.
 
@@ -96,10 +101,33 @@ def begin_wait(
         executions: What is waited for; all of them. Records, or what has `leader`, `seat` and `key`
             as they have.
         future: What the task awaits. None: the thread blocks.
+        leave: Has the caller leave before it is told of a deadlock. False: it can not, for it has
+            been counted as served meanwhile or is to lead. Then its wait has an end.
 
     Raises:
         DeadlockError: They wait for this thread or task, directly or not. Nothing is entered then.
     """
+    while True:
+        error = _enter(shard, executions, future, leave)
+        if error is None:
+            return
+        if leave():
+            break
+    shard.count_deadlock()
+    try:
+        raise error
+    finally:
+        # The error's traceback holds this frame, and all of these hold the error or may.
+        del error, executions, leave
+
+
+def _enter(
+    shard: Shard,
+    executions: Sequence[Any],
+    future: "asyncio.Future[Any] | None",
+    leave: Callable[[], bool],
+) -> DeadlockError | None:
+    """Enters the wait and looks. What it returns is a deadlock: then nothing is entered."""
     try:
         left_to_watch = False
         if future is None:
@@ -108,16 +136,17 @@ def begin_wait(
             loop = asyncio._get_running_loop()
             if loop is not None:
                 _held_up[me] = loop
-            _blocked[me] = executions
-            _blocked.pop(None, None)  # writes take the dict's lock: see _core on fences
+            blocked = _blocked_with(me)
+            blocked[me] = executions
+            blocked.pop(0, None)  # writes take the dict's lock: see _core on fences
             # Whoever closes a cycle later sees the entry: now only a leader that waits can, or one
             # that is to take over on an event loop.
             if len(executions) == 1:
                 leader = executions[0].leader
                 if loop_of(leader) is None:
                     thread = _thread_of(leader)
-                    if thread != me and thread not in _blocked:
-                        return
+                    if thread != me and _waited_for(thread) is None:
+                        return None
         else:
             task = current_task()
         with _lock:
@@ -125,18 +154,11 @@ def begin_wait(
             if run is not None and run.task is not None:
                 if run.watch is None:
                     run.watch = Watch()
-                left_to_watch = run.watch.enter(run, future, task, executions, shard)
+                left_to_watch = run.watch.enter(run, future, task, executions, shard, leave)
             error = None if left_to_watch else _find_cycle(executions, task, run, set())
             if error is not None:
                 end_wait(future)  # or the next who looks would find the same cycle
-        if error is not None:
-            shard.count_deadlock()
-            try:
-                raise error
-            finally:
-                # The error's traceback holds this frame, and all of these hold the error or may.
-                leader = run = None
-                del error, executions, task
+        return error
     except BaseException:
         end_wait(future)
         raise
@@ -151,9 +173,9 @@ class Watch:
     __slots__ = ("_cost", "_handle", "_pause", "_soon", "waits")
 
     def __init__(self) -> None:
-        #: By the futures that are awaited: which task does, what it waits for, and where a deadlock
-        #: is counted.
-        self.waits: dict[Any, tuple[Any, Sequence[Any], Shard]] = {}
+        #: By the futures that are awaited: which task does, what it waits for, and, as
+        #: `begin_wait` has them, where a deadlock is counted and how the task leaves.
+        self.waits: dict[Any, tuple[Any, Sequence[Any], Shard, Callable[[], bool]]] = {}
         #: The next look, while there is one to come.
         self._handle: asyncio.Handle | None = None
         #: It comes as soon as it may. Otherwise it comes `_pause` seconds after the last one.
@@ -163,14 +185,20 @@ class Watch:
         self._cost = 0.0
 
     def enter(
-        self, run: LoopRun, future: Any, task: Any, executions: Sequence[Any], shard: Shard
+        self,
+        run: LoopRun,
+        future: Any,
+        task: Any,
+        executions: Sequence[Any],
+        shard: Shard,
+        leave: Callable[[], bool],
     ) -> bool:
         """`task`, which is in the context of `run`, begins to wait by awaiting `future`.
 
         Returns:
             Whether it need not be looked at now: it will be soon, together with others.
         """
-        self.waits[future] = (task, executions, shard)
+        self.waits[future] = (task, executions, shard, leave)
         if not self._watched(run, future, task):
             return False
         if self._soon:
@@ -211,22 +239,30 @@ class Watch:
         self._soon = False
         with _lock:
             waits = [
-                (future, *wait)
+                (future, wait)
                 for future, wait in self.waits.copy().items()
                 if self._watched(run, future, wait[0]) and not future.done()
             ]
             if run.task is None or not waits:
                 return
             # First those that hold up the run: what is harmless to them is so to the others.
-            waits.sort(key=lambda wait: not _awaits(run, wait[1]))
+            waits.sort(key=lambda entry: not _awaits(run, entry[1][0]))
             harmless: set[Any] = set()
-            for future, task, executions, shard in waits:
+            refused: list[tuple[Any, DeadlockError]] = []
+            for future, (task, executions, _, _) in waits:
                 error = _find_cycle(executions, task, run, harmless)
                 if error is not None:
                     del self.waits[future]  # or others would see it in a cycle, too
-                    shard.count_deadlock()
-                    future.set_exception(error)
-                    future.exception()  # its task may be cancelled first: nobody need complain
+                    refused.append((future, error))
+        entered = dict(waits)
+        for future, error in refused:
+            _, _, shard, leave = entered[future]
+            if not leave():  # see begin_wait
+                self.waits[future] = entered[future]
+                continue
+            shard.count_deadlock()
+            future.set_exception(error)
+            future.exception()  # its task may be cancelled first: nobody need complain
         self._cost = thread_time() - begun
         self._call(run, max(self._pause, self._cost / _SHARE))
         self._pause = min(2 * self._pause, _LAST_PAUSE)
@@ -282,13 +318,24 @@ def end_wait(future: "asyncio.Future[Any] | None" = None) -> None:
     """Ends what `begin_wait` began."""
     if future is None:
         me = get_ident()
-        _blocked.pop(me, None)
+        _blocked_with(me).pop(me, None)
         if _held_up:
             _held_up.pop(me, None)
     else:
         run = current_run.get()
         if run is not None and run.watch is not None:
             run.watch.leave(run, future)
+
+
+def _blocked_with(thread: int) -> dict[int, Sequence[Any]]:
+    """The one of `_blocked` in which `thread` is."""
+    # Most idents are addresses, at the same place of a page.
+    return _blocked[thread // 4096 % len(_blocked)]
+
+
+def _waited_for(thread: int | None) -> Sequence[Any] | None:
+    """What `thread` is blocked for; None if it is not."""
+    return None if thread is None else _blocked_with(thread).get(thread)
 
 
 def held_up(waiter: Any) -> bool:
@@ -328,7 +375,7 @@ def _path_back(
         leader = executions[0].leader
         if loop_of(leader) is None:
             leader = _thread_of(leader)
-            if leader != thread and leader not in _blocked:
+            if leader != thread and _waited_for(leader) is None:
                 return None
     #: Executions, and leaders: all that one leads needs the same.
     seen: set[Any] = set(first)
@@ -348,7 +395,7 @@ def _path_back(
             if leading_thread in seen or leading_thread in harmless:
                 continue
             seen.add(leading_thread)
-            needed: Iterable[Execution] = _blocked.get(leading_thread, ())
+            needed: Iterable[Execution] = _waited_for(leading_thread) or ()
         elif isinstance(leader, LoopRun) and not leader.loop.is_closed():
             loop_thread = leader.needed_thread()
             if task is None and loop_thread == thread:
@@ -358,7 +405,7 @@ def _path_back(
             if leader in seen or leader in harmless:
                 continue
             seen.add(leader)
-            needed = [*_blocked.get(loop_thread, ()), *_waits(leader)]
+            needed = [*(_waited_for(loop_thread) or ()), *_waits(leader)]
         else:
             # It is about to begin, or to be replaced: it waits for nothing but its event loop.
             loop = loop_of(leader)
@@ -367,7 +414,7 @@ def _path_back(
                 continue
             if task is None and blocked == thread:
                 return _unchained(chain)
-            needed = _blocked.get(blocked, ())
+            needed = _waited_for(blocked) or ()
         stack += [(e, chain) for e in needed]
     harmless |= seen
     return None
@@ -394,7 +441,7 @@ def _unchained(chain: tuple[Any, ...]) -> list[Execution]:
 def _waits(run: LoopRun) -> Iterator[Execution]:
     """What the task of `run` waits for, itself or by a task that it awaits."""
     if run.watch is not None:
-        for task, executions, _ in list(run.watch.waits.values()):
+        for task, executions, *_ in list(run.watch.waits.values()):
             if _awaits(run, task):
                 yield from executions
 
@@ -536,7 +583,7 @@ def _after_fork_in_child() -> None:
     global _lock, _blocked, _held_up
     _lock = SteadyLock()
     # Not cleared: free-threaded, a thread that is gone may hold a dict's own lock.
-    _blocked = {}
+    _blocked = tuple({} for _ in _blocked)
     _held_up = {}
 
 

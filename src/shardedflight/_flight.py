@@ -39,7 +39,7 @@ from ._core import (
 )
 from ._deadlock import begin_run, begin_wait, current_run, end_wait, held_up, leading_code, pause
 from ._future import FlightFuture
-from ._lock import SteadyLock, pools_of_parents
+from ._lock import SteadyLock
 from ._observe import (
     Departure,
     Observer,
@@ -48,6 +48,7 @@ from ._observe import (
     check_observer,
     departure_from,
 )
+from ._threads import pools_of_parents, without_context
 from ._tier import Absent, CallersOwn, Tier, TierStats
 from ._waiting import (
     TAKE_OVER,
@@ -238,7 +239,7 @@ class ShardedFlight(Core):
             if record is not None:
                 if isinstance(record.seat, WatchedSeat):
                     record.seat.join(sleeper)
-                begin_wait(shard, (record,))
+                begin_wait(shard, (record,), leave=partial(self._leave, shard, record, sleeper))
                 try:
                     if not sleeper.wait(timeout):
                         if self._leave(shard, record, sleeper):
@@ -372,7 +373,9 @@ class ShardedFlight(Core):
                     record.seat.join(waiter)
                 leader = record.leader
                 if current_run.get() is not None or (type(leader) is int and leader == get_ident()):
-                    begin_wait(shard, (record,), waiter)
+                    begin_wait(
+                        shard, (record,), waiter, partial(self._leave, shard, record, waiter)
+                    )
                     try:
                         answer = await waiter
                     finally:
@@ -489,7 +492,10 @@ class ShardedFlight(Core):
         """A coroutine goes, at whatever point it was. What is over already is not disturbed."""
         if waiter is not None:
             self._withdraw(shard, h, waiter, record)
-        if run is None or run.done or seat is None:
+        if run is None:
+            return
+        run.leave()
+        if run.done or seat is None:
             return
         if run.task is None:
             self._conclude(shard, h, seat, run, End.LOST)
@@ -543,14 +549,16 @@ class ShardedFlight(Core):
         return future
 
     def _submit(self, work: Callable[[], None]) -> "Future[None]":
-        executor = self._executor if self._executor is not None else self._pool
-        if executor is None:
+        if self._executor is not None:
+            return self._executor.submit(work)
+        pool = self._pool
+        if pool is None:
             with _pool_lock:
                 if self._pool is None:
                     name = self._name if self._name is not None else f"{id(self):#x}"
                     self._pool = ThreadPoolExecutor(thread_name_prefix=f"shardedflight-{name}")
-                executor = self._pool
-        return executor.submit(work)
+                pool = self._pool
+        return without_context(pool.submit, work)
 
     # -- many keys --------------------------------------------------------------------------------
 

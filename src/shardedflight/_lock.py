@@ -9,12 +9,7 @@ import threading
 from _thread import RLock, allocate_lock
 from typing import Any, cast
 
-__all__ = ["Bell", "SteadyLock", "pools_of_parents"]
-
-#: Pools of threads, as a forked child has found them; it keeps them for good. An executor that is
-#: dropped tells its threads so by a queue. Free-threaded, the queue has a lock of its own, and one
-#: of those threads, that are gone, may hold it.
-pools_of_parents: list[object] = []
+__all__ = ["Bell", "SteadyLock"]
 
 
 class Bell:

@@ -19,7 +19,7 @@ from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refu
 from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code, pause
 from ._observe import WatchedSeat, departure_from
 from ._replica import Failure, traceback_of
-from ._tier import Outcome, Party, wait, wait_async
+from ._tier import Outcome, Party, token, wait, wait_async
 from ._waiting import (
     Inbox,
     LoopRun,
@@ -299,10 +299,12 @@ def _lead_all(
         _lead(batch, items, leader, fn, None)
         return
     party = Party(tier, items, here=True)
+    before = token.set(None)  # each key has its own
     try:
         while mine := wait(party.next(partial(batch.take, leader))):
             _lead(batch, mine, leader, fn, party)
     finally:
+        token.reset(before)
         party.leave(items)
 
 
@@ -419,6 +421,8 @@ async def _run(
         if run.paused:
             await pause()
         begin_run(run)
+        if party is not None:
+            token.set(None)  # each key has its own
         while mine:
             if party is not None:
                 mine = await wait_async(party.next(partial(batch.take, run)))
@@ -462,6 +466,7 @@ async def _run(
 def _leave(batch: _Batch, inbox: Inbox, begun: LoopRun, runs: dict[LoopRun, list[_Item]]) -> None:
     """The caller goes. Its runs go on for those keys that somebody else still wants."""
     for run, items in runs.items():
+        run.leave()
         for item in () if run.done else items:
             batch.flight._leave_leader(item.shard, item.h, cast("Seat", item.seat), run)
     batch.leave(inbox)

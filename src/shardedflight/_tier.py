@@ -65,7 +65,8 @@ ATTEMPTS = 3
 #: What `finish` answers to a leader that has lost its place to a newer one.
 FENCED = -1
 
-#: The fencing token of the execution in whose function this code runs.
+#: The fencing token of the execution in whose function this code runs; None if its flight has no
+#: lead at its backend.
 token: ContextVar[int | None] = ContextVar("shardedflight.token", default=None)
 
 
@@ -306,21 +307,21 @@ class Tier:
         asked: list[Turn] = []
         try:
             turn = wait(self._ask(seat, asked, here=True), deadline, seat)
-            if turn is None:
-                return fn()
             if isinstance(turn, Outcome):
                 shard.share(h, seat)
                 return _read(turn, seat)  # type: ignore[no-any-return]
-            self._lead(shard, h, seat, turn)
-            before = token.set(turn.token)
+            if turn is not None:
+                self._lead(shard, h, seat, turn)
+            before = token.set(None if turn is None else turn.token)
             try:
                 value = fn()
             except Exception as error:
-                wait(self._end(turn, Outcome(End.ERROR, error)))
+                if turn is not None:
+                    wait(self._end(turn, Outcome(End.ERROR, error)))
                 raise
             finally:
                 token.reset(before)
-            if type(value) is CoroutineType:  # it is refused by who has called
+            if turn is None or type(value) is CoroutineType:  # that is refused by who has called
                 return value  # pyright: ignore[reportUnknownVariableType]
             if wait(self._end(turn, Outcome(End.VALUE, value), here=True)):
                 shard.share(h, seat)
@@ -348,7 +349,7 @@ class Tier:
                 return _read(turn, seat)  # type: ignore[no-any-return]
             if turn is not None:
                 self._lead(shard, h, seat, turn)
-                token.set(turn.token)
+            token.set(None if turn is None else turn.token)
             try:
                 awaitable = fn()
                 if not inspect.isawaitable(awaitable):

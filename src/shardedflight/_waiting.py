@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from _thread import start_new_thread
 from collections.abc import Callable, Iterator
+from contextvars import Context
 from threading import get_ident
 from typing import Any, Final, cast
 
@@ -222,6 +223,7 @@ class LoopRun(Run):
         "bell",
         "done",
         "error",
+        "left",
         "loop",
         "paused",
         "pending",
@@ -244,6 +246,9 @@ class LoopRun(Run):
         self.done = False
         self.result: tuple[Any, bool] | None = None
         self.error: BaseException | None = None
+        #: That caller has left: nobody takes it. It is set before `done` is read, and `done` before
+        #: this, for a coroutine may be closed on any thread.
+        self.left = False
         #: Of a run for many keys: the executions that somebody still wants, by their seats' ids.
         self.pending: set[int] | None = None
         #: What the tasks in its context wait for: the `Watch` of `_deadlock`, once there is one.
@@ -257,6 +262,8 @@ class LoopRun(Run):
     def finish(self) -> None:
         """The task is through; the outcome is set."""
         self.done = True
+        if self.left:
+            self._drop()
         self.task = None  # its context holds this run
         bell = self.bell
         if bell is not None and not bell.done():
@@ -266,9 +273,18 @@ class LoopRun(Run):
             except RuntimeError:  # the loop is closed: nobody is to be woken
                 pass
 
+    def leave(self) -> None:
+        """The leader's own caller goes."""
+        self.left = True
+        if self.done:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Contexts that outlive the task may hold this run: it keeps nothing for them."""
+        self.result = self.error = None
+
     def outcome(self) -> tuple[Any, bool]:
         """The outcome for the leader's own caller: the original exception, not a replica."""
-        # Contexts that outlive the task may hold this run: it keeps nothing for them.
         result, self.result = self.result, None
         error, self.error = self.error, None
         if error is None:
@@ -340,8 +356,9 @@ class _Canary:
         self._closed = closed
 
     def sit(self, loop: asyncio.AbstractEventLoop) -> None:
-        # A day is the longest that asyncio's selectors sleep in any case.
-        loop.call_later(86_400.0, self.sit, loop)
+        # A day is the longest that asyncio's selectors sleep in any case. In no caller's context,
+        # which the timer would keep.
+        loop.call_later(86_400.0, self.sit, loop, context=Context())
 
     def __del__(self) -> None:
         future_makers.pop(self._loop_id, None)

@@ -107,6 +107,7 @@ def fencing_token() -> int | None:
     safe from a leader that was replaced and does not know.
 
     Returns:
-        The token; None outside of an execution, or if it runs for its own process alone.
+        The token; None outside of an execution, if it runs for its own process alone, or for
+        several keys, of which each has its own.
     """
     return _token.get()

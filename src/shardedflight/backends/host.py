@@ -33,7 +33,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from shardedflight._lock import SteadyLock, pools_of_parents
+from shardedflight._lock import SteadyLock
+from shardedflight._threads import pools_of_parents, without_context
 from shardedflight._tier import Lead, Sealed, Turn
 from shardedflight.exceptions import BackendError
 
@@ -69,10 +70,10 @@ class _File:
 
     __slots__ = ("_identity", "_owner", "fd", "lost", "path")
 
-    def __init__(self, path: str, flags: int = os.O_CREAT | os.O_APPEND) -> None:
+    def __init__(self, path: str, flags: int = os.O_RDWR | os.O_CREAT | os.O_APPEND) -> None:
         self.path = path
         with _forking:
-            self.fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
+            self.fd = os.open(path, os.O_NOFOLLOW | flags, 0o600)
             _held.add(self.fd)
         self._owner = os.getpid()
         self._identity = _identity(os.fstat(self.fd))
@@ -110,7 +111,7 @@ class _File:
 
     def forget(self) -> None:
         """Others shall not find it any more, and who has found it shall know why."""
-        if self.unname():  # first: what can be found is not forgotten
+        if self.unname(fcntl.LOCK_EX):  # first: what can be found is not forgotten
             os.write(self.fd, _FORGOTTEN)
 
     def over(self) -> bool:
@@ -118,12 +119,22 @@ class _File:
         marks, outcome = self.read()
         return _FORGOTTEN in marks or bool(outcome)
 
-    def unname(self) -> bool:
-        """Takes its name away, if it has it. Under the file's lock, or it may be a later file's."""
-        if not self.named():
-            return False
+    def unname(self, lock: int = fcntl.LOCK_SH) -> bool:
+        """Takes its name away, if it has it.
+
+        If another one took it away between the look and the deed, it could be a later file's by
+        then. So only who has locked the file does it; and `forget`, which has locked the directory
+        alone, while all others share its lock.
+        """
         try:
-            os.unlink(self.path)
+            directory = _File(self.path.rpartition("/")[0], os.O_RDONLY)
+            try:
+                fcntl.flock(directory.fd, lock)
+                if not self.named():
+                    return False
+                os.unlink(self.path)
+            finally:
+                directory.close()
         except FileNotFoundError:
             return False
         return True
@@ -313,7 +324,7 @@ class HostBackend(Wire):
         done: Future[None] = Future()
         try:
             if lead is None:
-                file = _File(self._path(name), os.O_APPEND)
+                file = _File(self._path(name), os.O_RDWR | os.O_APPEND)
                 try:
                     file.forget()
                 finally:
@@ -337,7 +348,7 @@ class HostBackend(Wire):
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(4, thread_name_prefix="shardedflight-host")
             pool = self._pool
-        pool.submit(work, *args)
+        without_context(pool.submit, work, *args)
 
     def _path(self, name: bytes) -> str:
         return f"{self.directory}/{name.hex()}"
@@ -387,7 +398,7 @@ class HostBackend(Wire):
         It is written over the last one, all digits of it: ext4 takes a file that was emptied and
         written for one that has to be on the disk when it is closed, which takes milliseconds.
         """
-        file = _File(f"{self.directory}/token", os.O_CREAT)
+        file = _File(f"{self.directory}/token", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file.fd, fcntl.LOCK_EX)
             last = os.pread(file.fd, 32, 0)
@@ -400,8 +411,14 @@ class HostBackend(Wire):
             file.close()
 
     def _attach(self, turn: _HostTurn) -> bool:
-        """Follows what this process follows already, if others can join that."""
+        """Follows what this process follows already, if others can join that.
+
+        Returns:
+            Whether it does, or nobody waits any more.
+        """
         with self._lock:
+            if turn.cancelled():  # before a mark is made
+                return True
             watch = self._watches.get(turn.name)
             if watch is None or watch.turns is None or not watch.file.named():
                 return False
@@ -426,8 +443,9 @@ class HostBackend(Wire):
                     watch.mark()
 
     def _follow(self, turn: _HostTurn, file: _File) -> bool:
-        """Follows who has locked the file. False if it was forgotten."""
-        if _FORGOTTEN in file.read()[0]:
+        """Follows who has locked the file. False if it was forgotten, or nobody waits any more."""
+        # That is asked last: a mark is counted, even if it is taken back a moment later.
+        if _FORGOTTEN in file.read()[0] or turn.cancelled():
             return False
         watch = _Watch(turn, file)
         turn.file = file
@@ -435,9 +453,10 @@ class HostBackend(Wire):
             self._watches[turn.name] = watch
             turn.watch = watch
         try:
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._watch, args=(watch,), name="shardedflight-host-watch", daemon=True
-            ).start()
+            )
+            without_context(thread.start)
         except RuntimeError as error:  # no more threads
             self._unwatch(watch)
             raise OSError(errno.EAGAIN, str(error)) from error

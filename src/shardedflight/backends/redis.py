@@ -53,6 +53,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from shardedflight._lock import Bell, SteadyLock
+from shardedflight._threads import without_context
 from shardedflight._tier import Lead, Sealed, Turn
 from shardedflight.exceptions import BackendError
 
@@ -362,7 +363,8 @@ class _Listener:
         self._reason: Exception | None = None
         #: Nothing has been said in the log.
         self._unlogged = True
-        threading.Thread(target=self._run, name="shardedflight-redis-inbox", daemon=True).start()
+        thread = threading.Thread(target=self._run, name="shardedflight-redis-inbox", daemon=True)
+        without_context(thread.start)
 
     def subscribe(self, inbox: str) -> None:
         """Returns when the server knows the inbox. Raises BackendError if it does not in time."""
@@ -964,7 +966,7 @@ class RedisBackend(Wire):
             self._keeper = threading.Thread(
                 target=self._keep, name="shardedflight-redis-keeper", daemon=True
             )
-            self._keeper.start()
+            without_context(self._keeper.start)
 
     def _keep(self) -> None:
         next_beat = next_probe = time.monotonic()
