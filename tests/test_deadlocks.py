@@ -9,6 +9,7 @@ import contextvars
 import gc
 import itertools
 import random
+import subprocess
 import sys
 import threading
 import weakref
@@ -22,6 +23,7 @@ from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 from shardedflight import DeadlockError, FlightTimeout, ShardedFlight, _deadlock
 from shardedflight._deadlock import Watch
 from shardedflight._lock import Bell
+from shardedflight._threads import current_frames
 
 KINDS = ("thread", "task", "future")
 
@@ -1186,7 +1188,7 @@ def test_a_blocking_result_for_an_execution_of_its_own_running_loop() -> None:
 
 def sleeps(flight: ShardedFlight) -> bool:
     """Whether one thread waits, and has looked for a cycle. It is counted before that."""
-    frames = list(sys._current_frames().values())
+    frames = list(current_frames().values())
     asleep = any(frame.f_code is Bell.wait.__code__ for frame in frames)
     return asleep and flight.stats().waiting == 1
 
@@ -1943,6 +1945,57 @@ def test_random_waits_with_cycles_end_for_everybody(seed: int) -> None:
             caller.result(PATIENCE)
         assert graph.flight.stats().deadlocks > 0
         assert_clean(graph.flight, key=0)
+
+
+NAMES_CYCLES = """
+import faulthandler, gc, threading, time
+from shardedflight import DeadlockError, ShardedFlight
+
+faulthandler.dump_traceback_later(60, exit=True)
+
+class Garbage:
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        Garbage()  # so that each collection finds one
+        time.sleep(0)
+
+def start_threads():
+    while True:
+        threading.Thread(target=int).start()
+
+def descend(depth):
+    return descend(depth - 1) if depth else threading.Event().wait()
+
+for target, args in ((start_threads, ()), (descend, (50,))):
+    threading.Thread(target=target, args=args, daemon=True).start()
+flight = ShardedFlight()
+gc.set_threshold(1)
+Garbage()
+for _ in range(100):
+    try:
+        flight.do(lambda: flight.do(int, "k"), "k")
+    except DeadlockError:
+        pass
+    else:
+        raise AssertionError
+    assert gc.isenabled()
+gc.set_threshold(0)
+import os
+os._exit(0)
+"""
+
+
+def test_a_cycle_is_named_while_garbage_is_collected_and_threads_start() -> None:
+    """Section 7, sentence 1: on 3.11 before 3.11.9 that can stop the whole process."""
+    process = subprocess.run(
+        [sys.executable, "-c", NAMES_CYCLES],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 3,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("shards", [1, 4])

@@ -271,7 +271,7 @@ def test_nothing_is_called_when_every_key_is_joined(kind: str) -> None:
     ones = [leads(flight, key, key) for key in "ab"]
     rows = Rows()
     caller = ask_many(kind, flight, rows, "ab")
-    eventually(lambda: flight.stats().waiting > 0)
+    eventually(lambda: flight.stats().waiting == 2)
     for one in ones:
         one.gate.set()
     assert caller.result(PATIENCE) == {"a": ("a", True), "b": ("b", True)}
@@ -797,10 +797,9 @@ def test_followers_of_a_key_that_a_call_for_many_took_over_do_not_wait_for_its_o
     lost, slow = leads(flight, "a", Lost()), leads(flight, "b", "slow")
     rows = Rows(tag="own")
     caller = ask_many(kind, flight, rows, "ab")
-    eventually(lambda: flight.stats().waiting > 0)
-    waiting = flight.stats().waiting
+    eventually(lambda: flight.stats().waiting == 2)
     follower = spawn(flight.do, lambda: "follower's", "a")
-    eventually(lambda: flight.stats().waiting == waiting + 1)
+    eventually(lambda: flight.stats().waiting == 3)
     lost.gate.set()
     answer, shared = follower.result(PATIENCE)
     assert not caller.done()

@@ -6,7 +6,6 @@ import faulthandler
 import gc
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -27,6 +26,7 @@ from shardedflight import (
     ShardedFlight,
     coalesce,
 )
+from shardedflight._threads import current_frames
 
 from .keys import KEYS, PLAIN_KEYS, Exit, Interrupt, Key, Lost, Plan
 
@@ -184,7 +184,7 @@ class Mix:
         lines += [str(call) for call in self.history.calls if call.outcome is None][:50]
         lines += [str(e) for e in self.history.executions.values() if e.end is None][:50]
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        for ident, frame in sys._current_frames().items():
+        for ident, frame in current_frames().items():
             lines.append(f"thread {names.get(ident, ident)}:")
             lines += [line.rstrip() for line in traceback.format_stack(frame)]
         for loop in self._loops:

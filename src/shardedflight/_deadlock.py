@@ -23,7 +23,6 @@ small part of the time at the most, and its one timer goes when no child waits a
 
 import asyncio
 import os
-import sys
 import types
 from asyncio import current_task
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -44,6 +43,7 @@ from ._core import (
     public_key,
 )
 from ._lock import SteadyLock
+from ._threads import current_frames
 from ._waiting import LoopRun, loop_of
 from .exceptions import DeadlockError
 
@@ -559,7 +559,7 @@ def _led_by(thread: int) -> list[Seat]:
         return [by_serial[serial] for serial in sorted(by_serial)]
     led: list[Seat] = []
     names: Any
-    frame = sys._current_frames().get(thread)
+    frame = current_frames().get(thread)
     while frame is not None:
         if frame.f_code in leading_code:
             names = frame.f_locals

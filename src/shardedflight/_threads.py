@@ -1,10 +1,13 @@
-"""Threads of our own that outlive whoever has them started."""
+"""Threads of our own that outlive whoever has them started; and where all threads are."""
 
+import gc
+import sys
 from collections.abc import Callable
 from contextvars import Context
+from types import FrameType
 from typing import ParamSpec, TypeVar
 
-__all__ = ["pools_of_parents", "without_context"]
+__all__ = ["current_frames", "pools_of_parents", "without_context"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,3 +26,17 @@ def without_context(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs)
     all functions that the thread ever runs, and be kept as long as it lives.
     """
     return Context().run(function, *args, **kwargs)
+
+
+def current_frames() -> dict[int, FrameType]:
+    """The innermost frame of each thread, by its ident."""
+    if sys.version_info >= (3, 12) or not gc.isenabled():
+        return sys._current_frames()
+    # Before 3.11.9 a collection in the midst of it can stop the whole process (CPython 106883): a
+    # destructor lets another thread go on, and that one holds the GIL while it waits for the lock
+    # of the list of threads.
+    try:
+        gc.disable()
+        return sys._current_frames()
+    finally:
+        gc.enable()
