@@ -144,6 +144,20 @@ def do_async_on_a_loop_inside_do(flight: ShardedFlight) -> object:
     return flight.do(lambda: asyncio.run(flight.do_async(never_async, "k")), "k")
 
 
+def do_async_on_a_loop_inside_do_future(flight: ShardedFlight) -> object:
+    def function() -> object:
+        return asyncio.run(flight.do_async(never_async, "k"))
+
+    return flight.do_future(function, "k").result(PATIENCE)
+
+
+def do_many_async_on_a_loop_inside_do(flight: ShardedFlight) -> object:
+    async def rest(keys: Sequence[str]) -> Any:
+        return dict.fromkeys(keys, 1)
+
+    return flight.do(lambda: asyncio.run(flight.do_many_async(rest, ["a", "k", "b"])), "k")
+
+
 def do_async_inside_do_many_async(flight: ShardedFlight) -> object:
     async def outer(_: Sequence[str]) -> Any:
         return await flight.do_async(never_async, "k")
@@ -186,6 +200,8 @@ RECURSIONS = (
     do_inside_do_async_after_a_suspension,
     do_async_inside_do_async_after_a_suspension,
     do_async_on_a_loop_inside_do,
+    do_async_on_a_loop_inside_do_future,
+    do_many_async_on_a_loop_inside_do,
     do_async_inside_do_many_async,
     do_many_async_inside_do_async,
     do_inside_a_forgotten_do,

@@ -22,10 +22,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 from test_leading import KINDS, Work, each_follower, each_leader, never, never_async, waiting
 
-from shardedflight import ShardedFlight
+from shardedflight import FlightErrorGroup, ShardedFlight
 
 # --- callers that catch in a frame of a known name ---
 
@@ -805,6 +807,14 @@ def sqlite_error() -> BaseException:
     raise AssertionError
 
 
+def validation_error() -> BaseException:
+    try:
+        TypeAdapter(list[int]).validate_python(["one", 2, None])
+    except ValidationError as error:
+        return error.with_traceback(None)
+    raise AssertionError("what is no int was taken for one")
+
+
 def json_error() -> BaseException:
     try:
         json.loads("{]")
@@ -883,6 +893,9 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "QueueEmpty": lambda: asyncio.QueueEmpty(),
     "InvalidStateError": lambda: asyncio.InvalidStateError("state"),
     "TimeoutError": lambda: TimeoutError("of the function"),
+    # extension types of which none is empty
+    "pydantic": validation_error,
+    "pydantic of the user's own": lambda: PydanticCustomError("sort", "no {what}", {"what": "x"}),
     # those that machinery around futures takes for its own
     "futures.CancelledError": lambda: concurrent.futures.CancelledError("of the function"),
     "futures.InvalidStateError": lambda: concurrent.futures.InvalidStateError("of the function"),
@@ -935,6 +948,45 @@ def test_exceptions_of_all_sorts_leave_all_leaders(sort: str, leader: str) -> No
     for caught in (led, by_thread, by_task, by_future):
         assert state(caught) == before
     close(error)
+
+
+@each_follower
+@pytest.mark.parametrize("sort", ["pydantic", "pydantic of the user's own", "needs two"])
+def test_everybody_has_an_exception_of_their_own(sort: str, follower: str) -> None:
+    """3: "Nobody's `__traceback__`, `__context__` or notes grow because others caught the same"."""
+    caught = fail("thread", ERRORS[sort](), [follower] * 3)
+    assert len({id(error) for error in caught}) == 4
+    lengths = [len(traceback.extract_tb(error.__traceback__)) for error in caught[1:]]
+    assert len(set(lengths)) == 1
+    for number, error in enumerate(caught):
+        assert not hasattr(error, "__notes__")
+        assert str(error) == str(caught[0])
+        error.add_note(str(number))
+
+
+class Refuses(PydanticCustomError):
+    """Is neither made empty nor copied."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise LookupError("no copies")
+
+
+def test_an_exception_that_can_not_be_replicated_arrives_all_the_same() -> None:
+    """3: "as itself": the object is shared then, and nothing of ours is written to it."""
+    error = Refuses("sort", "no copies")
+    flight = ShardedFlight()
+    work = Work(error=error)
+    led = KINDS["thread"](flight, work, "k")
+    assert work.running.wait(PATIENCE)
+    followed = [spawn(flight.do_many, never, ["k"]) for _ in range(2)]
+    eventually(waiting(flight, 2))
+    work.go.set()
+    assert led.exception(PATIENCE) is error
+    for outcome in followed:
+        group = outcome.exception(PATIENCE)
+        assert isinstance(group, FlightErrorGroup)
+        assert group.failed == {"k": error}
+    assert not hasattr(error, "__notes__")
 
 
 def test_attributes_are_the_very_objects() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from test_leading import (
 )
 
 from shardedflight import FlightError, FlightTimeout, ShardedFlight
+from shardedflight.observe import Observer
 
 # --- callers that join, and leave again ---
 
@@ -171,6 +173,42 @@ def test_a_follower_with_time_left_gets_the_value(leader: str, timeout: float | 
     work.go.set()
     assert followed.result(PATIENCE) == led.result(PATIENCE) == ("v", True)
     assert flight.stats().timeouts == 0
+
+
+class Quiet(Observer):
+    """Watches, and does nothing."""
+
+
+@pytest.mark.parametrize("timeout", [2**63, 10**400, float("inf")], ids=["2**63", "10**400", "inf"])
+def test_any_number_of_seconds_is_a_timeout_for_a_watched_flight_too(timeout: float) -> None:
+    """5: "a follower that has waited `s` seconds", however many they are."""
+    flight = ShardedFlight()
+    flight.add_observer(Quiet())
+    assert flight.do(lambda: "v", "k", timeout=timeout) == ("v", False)
+    work = Work(value="v")
+    led = KINDS["thread"](flight, work, "k")
+    assert work.running.wait(PATIENCE)
+    followed = spawn(flight.do, never, "k", timeout=timeout)
+    eventually(waiting(flight, 1))
+    work.go.set()
+    assert followed.result(PATIENCE) == led.result(PATIENCE) == ("v", True)
+
+
+@each_leader
+def test_a_follower_leaves_when_its_seconds_have_passed_and_not_before(leader: str) -> None:
+    """5: "has waited `s` seconds"."""
+    flight = ShardedFlight()
+    work = Work(value="v")
+    led = KINDS[leader](flight, work, "k")
+    assert work.running.wait(PATIENCE)
+    for seconds in (0.05, 0.3):
+        begun = time.monotonic()
+        with pytest.raises(FlightTimeout):
+            spawn(flight.do, never, "k", timeout=seconds).result(PATIENCE)
+        # No upper bound but that of every test: what would be late is the machine's to say.
+        assert time.monotonic() - begun >= seconds
+    work.go.set()
+    assert led.result(PATIENCE) == ("v", False)
 
 
 @each_leader

@@ -644,3 +644,36 @@ def test_totals_are_exact_with_every_kind_of_caller() -> None:
     assert stats.promotions <= runs.count("lost")
     assert (stats.timeouts, stats.abandoned, stats.forgotten, stats.deadlocks) == (0, 0, 0, 0)
     assert (stats.in_flight, stats.waiting, sum(stats.per_shard)) == (0, 0, 0)
+
+
+def test_nothing_is_counted_at_a_place_that_all_shards_share() -> None:
+    """10: "counting adds no contention point shared by all shards": another one's is taken."""
+    flight = ShardedFlight(2)
+    shards = {key: flight._place((key,))[2] for key in range(100)}
+    mine = 0
+    other = next(key for key in shards if shards[key] is not shards[mine])
+
+    def fails() -> None:
+        raise LookupError
+
+    def calls() -> None:
+        assert flight.do(lambda: "value", mine) == ("value", False)
+        with pytest.raises(LookupError):
+            flight.do(fails, mine)
+        with pytest.raises(DeadlockError):
+            flight.do(lambda: flight.do(int, mine), mine)
+        held = Held()
+        leader = spawn(flight.do, held.plain, mine)
+        assert held.started.wait(PATIENCE)
+        with pytest.raises(FlightTimeout):
+            flight.do(int, mine, timeout=0)
+        follower = spawn(flight.do, int, mine)
+        eventually(lambda: shards[mine].waiting() == 1)
+        flight.forget(mine)
+        held.gate.set()
+        assert leader.result(PATIENCE) == follower.result(PATIENCE) == ("value", True)
+
+    with shards[other].lock:
+        spawn(calls).result(PATIENCE)
+    stats = flight.stats()
+    assert [getattr(stats, total) for total in TOTALS] == [4, 1, 2, 0, 1, 0, 1, 1]

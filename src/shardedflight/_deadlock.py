@@ -51,6 +51,7 @@ __all__ = [
     "begin_run",
     "begin_wait",
     "check_wait",
+    "closes_cycle",
     "current_run",
     "end_wait",
     "held_up",
@@ -79,6 +80,18 @@ _held_up: dict[int, asyncio.AbstractEventLoop] = {}
 def pause() -> Generator[None, None, None]:
     """Suspends a run's coroutine that has been begun before its task: see `_start` in `_flight`."""
     yield
+
+
+def closes_cycle(executions: Iterable[Any]) -> bool:
+    """Whether it is for `begin_wait` to tell if a coroutine that awaits these may be needed by them.
+
+    It is if the coroutine runs inside of a run's function, or on an event loop that the function of
+    one of them runs on this thread.
+    """
+    if current_run.get() is not None:
+        return True
+    thread = get_ident()
+    return any(_thread_of(execution.leader) == thread for execution in executions)
 
 
 def begin_run(run: LoopRun) -> None:

@@ -11,7 +11,7 @@ from asyncio import Task, get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from threading import get_ident
+from threading import TIMEOUT_MAX, get_ident
 from time import monotonic
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -37,7 +37,16 @@ from ._core import (
     register,
     settle_late,
 )
-from ._deadlock import begin_run, begin_wait, current_run, end_wait, held_up, leading_code, pause
+from ._deadlock import (
+    begin_run,
+    begin_wait,
+    closes_cycle,
+    current_run,
+    end_wait,
+    held_up,
+    leading_code,
+    pause,
+)
 from ._future import FlightFuture
 from ._lock import SteadyLock
 from ._observe import (
@@ -211,7 +220,7 @@ class ShardedFlight(Core):
         if self._tier is not None:
             self._tier.check(shard, h, key)
         seat = self._seat(key, *leader_here())
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else _after(timeout)
         try:
             if shard.claim(h, seat):
                 return self._lead(shard, h, seat, seat[1], fn, deadline)
@@ -232,7 +241,7 @@ class ShardedFlight(Core):
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
         record: Execution | None = None
-        deadline = None if timeout is None or self._tier is None else monotonic() + timeout
+        deadline = None if timeout is None or self._tier is None else _after(timeout)
         try:
             refuse_coroutine_function(fn)
             record = shard.join(h, seat, sleeper, None)
@@ -371,8 +380,10 @@ class ShardedFlight(Core):
                 assert waiter is not None
                 if self._was_watched and isinstance(record.seat, WatchedSeat):
                     record.seat.join(waiter)
-                leader = record.leader
-                if current_run.get() is not None or (type(leader) is int and leader == get_ident()):
+                if current_run.get() is not None or (
+                    # Nothing else can be this thread's; asked here, for the call would cost more.
+                    type(record.leader) is not LoopRun and closes_cycle((record,))
+                ):
                     begin_wait(
                         shard, (record,), waiter, partial(self._leave, shard, record, waiter)
                     )
@@ -419,7 +430,6 @@ class ShardedFlight(Core):
         finally:
             # A traceback may hold this frame: see Failure.
             del record, seat, run, waiter
-            leader = None
 
     def _start(self, run: LoopRun, coroutine: Coroutine[Any, Any, None]) -> None:
         """Runs `coroutine`, a run's, in a task; its first step at once where possible."""
@@ -853,6 +863,11 @@ _pool_lock = SteadyLock()
 _observers_lock = SteadyLock()
 
 leading_code.add(ShardedFlight._lead.__code__)
+
+
+def _after(seconds: float) -> float:
+    """When so many seconds have passed, by `time.monotonic`; they may be more than it can tell."""
+    return monotonic() + min(seconds, TIMEOUT_MAX)
 
 
 def _loop_closed() -> None:

@@ -16,7 +16,15 @@ from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from ._core import End, Execution, Seat, Shard, leader_here, not_awaitable, refuse_coroutine
-from ._deadlock import begin_run, begin_wait, check_wait, current_run, end_wait, leading_code, pause
+from ._deadlock import (
+    begin_run,
+    begin_wait,
+    check_wait,
+    closes_cycle,
+    end_wait,
+    leading_code,
+    pause,
+)
 from ._observe import WatchedSeat, departure_from
 from ._replica import Failure, traceback_of
 from ._tier import Outcome, Party, token, wait, wait_async
@@ -209,7 +217,8 @@ class _Batch:
             for name in item.names:
                 failure = Failure(item.error, item.error.__traceback__)
                 error = cast("Exception", failure.replica())
-                error.add_note(f"key: {name!r}")
+                if error is not item.error:  # of a type that can not be replicated
+                    error.add_note(f"key: {name!r}")
                 failed[name] = error
         return failed
 
@@ -366,14 +375,15 @@ async def do_many_async(
     bell: asyncio.Future[None] | None = None
     try:
         led = batch.join((run,), inbox)
-        if current_run.get() is not None:
+        looks = closes_cycle(batch.joined)
+        if looks:
             batch.check_wait(led, blocking=False)
         if led:
             runs[run] = led
             flight._start(run, _run(batch, run, inbox, led, fn))
         while batch.joined or runs:
             bell = inbox.bell()
-            if current_run.get() is not None:
+            if looks:
                 running = [e for items in runs.values() for item in items for e in item.running()]
                 begin_wait(batch.items[0].shard, (*batch.joined, *running), bell)
                 try:

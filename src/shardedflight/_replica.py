@@ -6,12 +6,13 @@ tracks of the others in it. So every follower raises a replica: same type, argum
 attributes, and a traceback that begins where the leader failed.
 
 `copy.copy` will not do: it calls the class with `args`, which an `__init__` of a user's own need
-not accept. A replica is built below `__init__` and `__setattr__`: the built-in `__new__` makes an
+not accept. (It is the second way, for types that no `__new__` makes empty.) A replica is built below `__init__` and `__setattr__`: the built-in `__new__` makes an
 empty object of the type, and what the object holds is carried over slot by slot. C state
 (`OSError.errno`, `UnicodeDecodeError.start`) and `__slots__` are both found as descriptors of the
 classes, so one rule covers them.
 """
 
+import copy
 from collections.abc import Iterator
 from types import BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, TracebackType
 from typing import Any
@@ -81,10 +82,12 @@ class Failure:
     def replica(self) -> BaseException:
         """A new exception that says the same, its traceback beginning where the leader failed.
 
-        Where a type cannot be made empty (an extension type without a usable `__new__`), or a group
-        is nested too deep, the leader's own object is returned: shared, but right.
+        Where a type can neither be made empty nor copied (an extension type's may be so), or a
+        group is nested too deep, the leader's own object is returned: shared, but right.
         """
         error = None if self._shared else self._empty()
+        if error is None and not self._shared and not self._inner:
+            error = self._copy()
         if error is None:
             _TRACEBACK.__set__(self._error, self._traceback)
             return self._error
@@ -99,7 +102,9 @@ class Failure:
                     descriptor.__set__(error, value)
             except (AttributeError, TypeError):
                 pass  # read-only: it was set when the object was made
-        _DICT.__get__(error).update(_unshare_notes(self._attributes.copy()))
+        attributes = _DICT.__get__(error)
+        attributes.clear()
+        attributes.update(_unshare_notes(self._attributes.copy()))
         return error
 
     def _empty(self) -> BaseException | None:
@@ -120,6 +125,14 @@ class Failure:
                 if type(made) is kind:
                     return made
         return None
+
+    def _copy(self) -> BaseException | None:
+        """As the type copies itself: for extension types of which none is empty, as pydantic's."""
+        try:
+            made = copy.copy(self._error)
+        except Exception:
+            return None
+        return made if type(made) is type(self._error) and made is not self._error else None
 
 
 def _unshare_notes(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -560,7 +560,9 @@ def wait(steps: Steps[R], deadline: float | None = None, seat: Seat | None = Non
 
 
 def _until(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+    if deadline is None:
+        return None
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 async def wait_async(steps: Steps[R]) -> R:
