@@ -21,7 +21,7 @@ import pytest
 from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 
 from shardedflight import DeadlockError, FlightTimeout, ShardedFlight, _deadlock
-from shardedflight._deadlock import Watch
+from shardedflight._deadlock import Cycle, Watch
 from shardedflight._lock import Bell
 from shardedflight._threads import current_frames
 
@@ -1706,17 +1706,17 @@ class Lost(BaseException):
     """Loses the leader."""
 
 
-def undone(monkeypatch: pytest.MonkeyPatch, undo: Callable[[], object]) -> list[DeadlockError]:
+def undone(monkeypatch: pytest.MonkeyPatch, undo: Callable[[], object]) -> list[Cycle]:
     """Has `undo` called whenever a cycle has been found, before anybody is told; lists them."""
-    found: list[DeadlockError] = []
+    found: list[Cycle] = []
     find = _deadlock._find_cycle
 
-    def find_and_undo(*args: Any) -> DeadlockError | None:
-        error = find(*args)
-        if error is not None:
-            found.append(error)
+    def find_and_undo(*args: Any) -> Cycle | None:
+        cycle = find(*args)
+        if cycle is not None:
+            found.append(cycle)
             undo()
-        return error
+        return cycle
 
     monkeypatch.setattr(_deadlock, "_find_cycle", find_and_undo)
     return found

@@ -240,7 +240,7 @@ PLANTS = (
         flight.ShardedFlight,
         "_withdraw",
         {
-            " and record.leader is waiter:": " and record.leader is None:",
+            "if record.leader is waiter:": "if record.leader is None:",
         },
     ),
     Plant(
@@ -249,7 +249,10 @@ PLANTS = (
         deadlock,
         "_enter",
         {
-            "            blocked[me] = executions\n": "",
+            (
+                "            blocked[me] = executions if outer is None"
+                " else _Nested(executions, outer)\n"
+            ): "",
             "is None:\n                        return": (
                 "is None:\n                        blocked[me] = executions\n"
                 "                        return"
@@ -268,7 +271,7 @@ PLANTS = (
         "_enter",
         {
             (
-                "            if error is not None:\n                end_wait(future)"
+                "            if cycle is not None:\n                _end(executions, future)"
             ): "            pass",
         },
     ),

@@ -245,7 +245,7 @@ def cycle_begun(w: World) -> None:
     w.thread(lambda: w.do(2, inside=lambda: (w.begun(key=1), w.do(1))))
 
 
-@scenario("begin_wait", "end_wait", "_follow")
+@scenario("_enter", "end_wait", "_follow")
 def cycle_waits(w: World) -> None:
     """`cycle_begun`, with switches only where the waits begin and end."""
     cycle_begun(w)

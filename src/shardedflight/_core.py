@@ -759,17 +759,19 @@ class Shard:
             return record, None
 
     def announce(self, record: Execution, heir: Any, loop: Any, other: Any) -> Any:
-        """Who is to be told that it takes over: from now on nobody else can be chosen.
+        """Who takes over, or is asked next whether it can.
 
         Args:
             record: What has lost its leader.
-            heir: Who was chosen by `settle`.
+            heir: Who was chosen, by `settle` or by this.
             loop: Its event loop, as for `join`.
-            other: One of those who wait, that is to take over instead while `heir` waits again; or
+            other: One of those who wait, that is to be asked instead while `heir` waits again; or
                 None.
 
         Returns:
-            The waiter. None if somebody else has told it, and it leads already.
+            The waiter. Nobody else can be chosen from now on, unless it is `other`: that one is the
+            leader, but can still be exchanged. None if somebody else has told the waiter, and it
+            leads already.
         """
         with self.lock:
             if record.leader is not heir or record.announced:
@@ -777,7 +779,8 @@ class Shard:
             if other in record.waiters:
                 del record.waiters[other]
                 record.waiters[heir] = loop
-                record.leader = heir = other
+                record.leader = other
+                return other
             record.announced = True
             return heir
 

@@ -30,7 +30,7 @@ from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
 from time import thread_time
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from ._core import (
     Core,
@@ -44,7 +44,7 @@ from ._core import (
 )
 from ._lock import SteadyLock
 from ._threads import current_frames
-from ._waiting import LoopRun, loop_of
+from ._waiting import LoopRun, Sleeper, loop_of
 from .exceptions import DeadlockError
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "check_wait",
     "closes_cycle",
     "current_run",
+    "end_await",
     "end_wait",
     "held_up",
     "leading_code",
@@ -83,10 +84,9 @@ def pause() -> Generator[None, None, None]:
 
 
 def closes_cycle(executions: Iterable[Any]) -> bool:
-    """Whether it is for `begin_wait` to tell if a coroutine that awaits these may be needed by them.
+    """Whether one of these may need the coroutine that is to await them: `begin_wait` will tell.
 
-    It is if the coroutine runs inside of a run's function, or on an event loop that the function of
-    one of them runs on this thread.
+    It runs inside of a run's function, or on an event loop that a function runs on this thread.
     """
     if current_run.get() is not None:
         return True
@@ -113,7 +113,7 @@ def begin_wait(
         shard: Where a deadlock is counted.
         executions: What is waited for; all of them. Records, or what has `leader`, `seat` and `key`
             as they have.
-        future: What the task awaits. None: the thread blocks.
+        future: What the task awaits, until `end_await`. None: the thread blocks, until `end_wait`.
         leave: Has the caller leave before it is told of a deadlock. False: it can not, for it has
             been counted as served meanwhile or is to lead. Then its wait has an end.
 
@@ -121,17 +121,17 @@ def begin_wait(
         DeadlockError: They wait for this thread or task, directly or not. Nothing is entered then.
     """
     while True:
-        error = _enter(shard, executions, future, leave)
-        if error is None:
+        cycle = _enter(shard, executions, future, leave)
+        if cycle is None:
             return
         if leave():
             break
     shard.count_deadlock()
     try:
-        raise error
+        raise _error(cycle)
     finally:
-        # The error's traceback holds this frame, and all of these hold the error or may.
-        del error, executions, leave
+        # The error's traceback holds this frame, and these hold the error or may.
+        del executions, leave
 
 
 def _enter(
@@ -139,7 +139,7 @@ def _enter(
     executions: Sequence[Any],
     future: "asyncio.Future[Any] | None",
     leave: Callable[[], bool],
-) -> DeadlockError | None:
+) -> "Cycle | None":
     """Enters the wait and looks. What it returns is a deadlock: then nothing is entered."""
     try:
         left_to_watch = False
@@ -150,7 +150,8 @@ def _enter(
             if loop is not None:
                 _held_up[me] = loop
             blocked = _blocked_with(me)
-            blocked[me] = executions
+            outer = blocked.get(me)
+            blocked[me] = executions if outer is None else _Nested(executions, outer)
             blocked.pop(0, None)  # writes take the dict's lock: see _core on fences
             # Whoever closes a cycle later sees the entry: now only a leader that waits can, or one
             # that is to take over on an event loop.
@@ -168,13 +169,24 @@ def _enter(
                 if run.watch is None:
                     run.watch = Watch()
                 left_to_watch = run.watch.enter(run, future, task, executions, shard, leave)
-            error = None if left_to_watch else _find_cycle(executions, task, run, set())
-            if error is not None:
-                end_wait(future)  # or the next who looks would find the same cycle
-        return error
+            cycle = None if left_to_watch else _find_cycle(executions, task, run, set())
+            if cycle is not None:
+                _end(executions, future)  # or who looks next would find the same cycle
+        return cycle
     except BaseException:
-        end_wait(future)
+        _end(executions, future)
         raise
+
+
+def _end(executions: Sequence[Any], future: "asyncio.Future[Any] | None") -> None:
+    if future is None:
+        end_wait(executions)
+    else:
+        end_await(future)
+
+
+#: A task that waits, for what, where a deadlock is counted, and how the task leaves.
+_Wait: TypeAlias = tuple[Any, Sequence[Any], Shard, Callable[[], bool]]
 
 
 class Watch:
@@ -186,9 +198,8 @@ class Watch:
     __slots__ = ("_cost", "_handle", "_pause", "_soon", "waits")
 
     def __init__(self) -> None:
-        #: By the futures that are awaited: which task does, what it waits for, and, as
-        #: `begin_wait` has them, where a deadlock is counted and how the task leaves.
-        self.waits: dict[Any, tuple[Any, Sequence[Any], Shard, Callable[[], bool]]] = {}
+        #: By the futures that are awaited.
+        self.waits: dict[Any, _Wait] = {}
         #: The next look, while there is one to come.
         self._handle: asyncio.Handle | None = None
         #: It comes as soon as it may. Otherwise it comes `_pause` seconds after the last one.
@@ -216,10 +227,13 @@ class Watch:
             return False
         if self._soon:
             return True
-        self.stop()
+        # In this order, for a signal handler may raise in between.
+        later = self._handle
+        self._call(run, self._cost / _SHARE if self._cost > _SHORT else 0.0)
         self._soon = True
         self._pause = _FIRST_PAUSE
-        self._call(run, self._cost / _SHARE if self._cost > _SHORT else 0.0)
+        if later is not None:
+            later.cancel()
         return False
 
     def leave(self, run: LoopRun, future: Any) -> None:
@@ -250,6 +264,32 @@ class Watch:
         begun = thread_time()  # what others take of the machine meanwhile is none of its cost
         self._handle = None
         self._soon = False
+        #: What is to be told, with what `waits` had of it.
+        refused: dict[Any, tuple[_Wait, Cycle]] = {}
+        again = True
+        try:
+            again = self._find(run, refused)
+            while refused:
+                future, (wait, cycle) = next(iter(refused.items()))
+                _, _, shard, leave = wait
+                if not leave():  # see begin_wait
+                    self.waits[future] = wait
+                elif not future.done():  # to leave may have cancelled it, with its run
+                    shard.count_deadlock()
+                    future.set_exception(_error(cycle))
+                    future.exception()  # its task may be cancelled first: nobody need complain
+                del refused[future]
+        finally:
+            # Also if a signal handler has raised.
+            for future, (wait, _) in refused.items():
+                self.waits[future] = wait
+            if again:
+                self._cost = thread_time() - begun
+                self._call(run, max(self._pause, self._cost / _SHARE))
+                self._pause = min(2 * self._pause, _LAST_PAUSE)
+
+    def _find(self, run: LoopRun, refused: "dict[Any, tuple[_Wait, Cycle]]") -> bool:
+        """Takes the waits that are in a cycle out, into `refused`. False: there is none at all."""
         with _lock:
             waits = [
                 (future, wait)
@@ -257,28 +297,17 @@ class Watch:
                 if self._watched(run, future, wait[0]) and not future.done()
             ]
             if run.task is None or not waits:
-                return
+                return False
             # First those that hold up the run: what is harmless to them is so to the others.
             waits.sort(key=lambda entry: not _awaits(run, entry[1][0]))
             harmless: set[Any] = set()
-            refused: list[tuple[Any, DeadlockError]] = []
-            for future, (task, executions, _, _) in waits:
-                error = _find_cycle(executions, task, run, harmless)
-                if error is not None:
+            for future, wait in waits:
+                task, executions, *_ = wait
+                cycle = _find_cycle(executions, task, run, harmless)
+                if cycle is not None:
+                    refused[future] = wait, cycle
                     del self.waits[future]  # or others would see it in a cycle, too
-                    refused.append((future, error))
-        entered = dict(waits)
-        for future, error in refused:
-            _, _, shard, leave = entered[future]
-            if not leave():  # see begin_wait
-                self.waits[future] = entered[future]
-                continue
-            shard.count_deadlock()
-            future.set_exception(error)
-            future.exception()  # its task may be cancelled first: nobody need complain
-        self._cost = thread_time() - begun
-        self._call(run, max(self._pause, self._cost / _SHARE))
-        self._pause = min(2 * self._pause, _LAST_PAUSE)
+        return True
 
 
 #: Seconds between looks.
@@ -301,13 +330,13 @@ def check_wait(
     task = None if blocking else current_task()
     with _lock:
         run = None if blocking else current_run.get()
-        error = _find_cycle(executions, task, run, set(), first)
-    if error is not None:
+        cycle = _find_cycle(executions, task, run, set(), first)
+    if cycle is not None:
         shard.count_deadlock()
         try:
-            raise error
+            raise _error(cycle)
         finally:
-            del error, executions, first, run, task  # see begin_wait
+            del executions, first, run, task  # see begin_wait
 
 
 def _find_cycle(
@@ -316,28 +345,52 @@ def _find_cycle(
     run: LoopRun | None,
     harmless: set[Any],
     first: Sequence[Execution] = (),
-) -> DeadlockError | None:
+) -> "Cycle | None":
     path = _path_back(executions, task, run, harmless, first)
     while path:
         # Nobody begins to wait meanwhile, but somebody may cease to: a real cycle is still there.
         again = _path_back(executions, task, run, harmless, first)
         if again == path:
-            return _error(path, task, [execution.seat for execution in first])
+            return _cycle(path, task, [execution.seat for execution in first])
         path = again
     return None
 
 
-def end_wait(future: "asyncio.Future[Any] | None" = None) -> None:
-    """Ends what `begin_wait` began."""
-    if future is None:
-        me = get_ident()
-        _blocked_with(me).pop(me, None)
+class _Nested(list[Any]):
+    """What a thread waits for in a signal handler, or a destructor, amid another wait of its own.
+
+    That is both, the inner wait first.
+    """
+
+    __slots__ = ("inner", "outer")
+
+    def __init__(self, inner: Sequence[Any], outer: Sequence[Any]) -> None:
+        super().__init__((*inner, *outer))
+        self.inner = inner
+        self.outer = outer
+
+
+def end_wait(executions: Sequence[Any]) -> None:
+    """This thread waits no more for these very objects. To do it twice is to do it once."""
+    me = get_ident()
+    blocked = _blocked_with(me)
+    entered = blocked.get(me)
+    while isinstance(entered, _Nested):
+        if entered.inner is executions:
+            blocked[me] = entered.outer
+            return
+        entered = entered.outer
+    if entered is executions:
+        blocked.pop(me, None)
         if _held_up:
             _held_up.pop(me, None)
-    else:
-        run = current_run.get()
-        if run is not None and run.watch is not None:
-            run.watch.leave(run, future)
+
+
+def end_await(future: "asyncio.Future[Any]") -> None:
+    """This task waits no more by awaiting `future`."""
+    run = current_run.get()
+    if run is not None and run.watch is not None:
+        run.watch.leave(run, future)
 
 
 def _blocked_with(thread: int) -> dict[int, Sequence[Any]]:
@@ -352,11 +405,14 @@ def _waited_for(thread: int | None) -> Sequence[Any] | None:
 
 
 def held_up(waiter: Any) -> bool:
-    """Whether the event loop of `waiter` can not go on before its thread's own wait has ended.
+    """Whether `waiter` can not take over before its thread has done what it does now.
 
-    Asked after `waiter` was written down as the leader, as a thread asks for the leader after it
-    was written down as blocked: so one of the two learns of the other.
+    It runs a function, or it is the thread of its event loop and waits itself. Asked after `waiter`
+    was written down as the leader, as a thread asks for the leader after it was written down as
+    blocked: so one of the two learns of the other.
     """
+    if isinstance(waiter, Sleeper):
+        return waiter.leads is not None
     if not _held_up:
         return False
     loop = loop_of(waiter)
@@ -434,9 +490,11 @@ def _path_back(
 
 
 def _thread_of(leader: Any) -> int | None:
-    """The thread on whose stack the leader's function runs now."""
+    """The thread on whose stack the leader's function runs now; or another that it waits for."""
     if isinstance(leader, int):
         return leader
+    if isinstance(leader, Sleeper):
+        return None if leader.leads is None else leader.thread
     if isinstance(leader, Run) and not isinstance(leader, LoopRun):
         thread: int | None = getattr(leader, "thread", None)  # that of a future's run
         return thread
@@ -454,8 +512,8 @@ def _unchained(chain: tuple[Any, ...]) -> list[Execution]:
 def _waits(run: LoopRun) -> Iterator[Execution]:
     """What the task of `run` waits for, itself or by a task that it awaits."""
     if run.watch is not None:
-        for task, executions, *_ in list(run.watch.waits.values()):
-            if _awaits(run, task):
+        for future, (task, executions, *_) in list(run.watch.waits.items()):
+            if not future.done() and _awaits(run, task):
                 yield from executions
 
 
@@ -527,23 +585,45 @@ def _told_by(callback: Any) -> Any:
 # -- naming the cycle -----------------------------------------------------------------------------
 
 
-def _error(
-    path: list[Execution], task: "asyncio.Task[Any] | None", first: Sequence[Seat]
-) -> DeadlockError:
+class Cycle(NamedTuple):
+    """What a `DeadlockError` tells.
+
+    Attributes:
+        keys: As the error's.
+        stops_loop: It is a blocking call that would stop the event loop of the last of them.
+    """
+
+    keys: tuple[Any, ...]
+    stops_loop: bool
+
+
+def _cycle(path: list[Execution], task: "asyncio.Task[Any] | None", first: Sequence[Seat]) -> Cycle:
     if task is None and loop_of(path[-1].leader) is not None:
-        keys = tuple(execution.key for execution in path)
-        names = " -> ".join(map(repr, keys))
-        return DeadlockError(
-            f"waiting for {names} on this thread would stop the event loop that it needs", keys
-        )
+        return Cycle(tuple(execution.key for execution in path), True)
     in_order: list[Seat] = []
     for execution in (path[-1], *path[:-1]):
         inside = _led_inside(execution)
         # What is led, but will have ended before the wait, has no part in it.
         in_order += [execution.seat, *(s for s in inside if not any(s is f for f in first))]
     in_order.append(path[-1].seat)
-    keys = tuple(public_key(seat[0]) for seat in in_order)
-    return DeadlockError("these wait for each other: " + " -> ".join(map(repr, keys)), keys)
+    return Cycle(tuple(public_key(seat[0]) for seat in in_order), False)
+
+
+def _error(cycle: Cycle) -> DeadlockError:
+    """Not to be called under a lock: it asks the keys for their `repr`."""
+    names = " -> ".join(map(_shown, cycle.keys))
+    if cycle.stops_loop:
+        message = f"waiting for {names} on this thread would stop the event loop that it needs"
+    else:
+        message = f"these wait for each other: {names}"
+    return DeadlockError(message, cycle.keys)
+
+
+def _shown(key: Any) -> str:
+    try:
+        return repr(key)
+    except Exception:
+        return f"<{type(key).__name__} whose repr raises>"
 
 
 def _led_inside(execution: Execution) -> list[Seat]:
@@ -551,13 +631,16 @@ def _led_inside(execution: Execution) -> list[Seat]:
 
     Nobody keeps that: it would cost every leader.
     """
-    thread = _thread_of(execution.leader)
+    leader = execution.leader
+    thread = _thread_of(leader)
     if thread is None:
         return []
     led = _led_by(thread)
     for place, seat in enumerate(led):
         if seat is execution.seat:
             return led[place + 1 :]
+        if isinstance(leader, Sleeper) and seat is leader.leads:
+            return led[place:]
     return []
 
 
@@ -567,7 +650,8 @@ def _led_by(thread: int) -> list[Seat]:
         by_serial: dict[int, Seat] = {}
         for flight in all_flights():
             for shard, _, seat in flight._executions():
-                if _thread_of(shard.leader(seat)) == thread:
+                leader = shard.leader(seat)
+                if not isinstance(leader, Sleeper) and _thread_of(leader) == thread:
                     by_serial.setdefault(shard.serial(seat), seat)
         return [by_serial[serial] for serial in sorted(by_serial)]
     led: list[Seat] = []

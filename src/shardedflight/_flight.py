@@ -42,6 +42,7 @@ from ._deadlock import (
     begin_wait,
     closes_cycle,
     current_run,
+    end_await,
     end_wait,
     held_up,
     leading_code,
@@ -241,6 +242,7 @@ class ShardedFlight(Core):
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
         record: Execution | None = None
+        waits: tuple[Execution, ...] = ()
         deadline = None if timeout is None or self._tier is None else _after(timeout)
         try:
             refuse_coroutine_function(fn)
@@ -248,7 +250,8 @@ class ShardedFlight(Core):
             if record is not None:
                 if isinstance(record.seat, WatchedSeat):
                     record.seat.join(sleeper)
-                begin_wait(shard, (record,), leave=partial(self._leave, shard, record, sleeper))
+                waits = (record,)
+                begin_wait(shard, waits, leave=partial(self._leave, shard, record, sleeper))
                 try:
                     if not sleeper.wait(timeout):
                         if self._leave(shard, record, sleeper):
@@ -260,7 +263,7 @@ class ShardedFlight(Core):
                             )
                         sleeper.wait()
                 finally:
-                    end_wait()
+                    end_wait(waits)
                 promoted = sleeper.news[0][1]
                 if isinstance(record.seat, WatchedSeat):
                     record.seat.leave(sleeper, departure_from(record, promoted))
@@ -268,12 +271,12 @@ class ShardedFlight(Core):
                     return record.outcome()
         except BaseException:
             try:
-                self._stop_following(shard, h, seat, sleeper, record)
+                self._stop_following(shard, h, seat, sleeper, waits, record)
             except BaseException:  # interrupted: see Core.do
-                self._stop_following(shard, h, seat, sleeper, record)
+                self._stop_following(shard, h, seat, sleeper, waits, record)
                 raise
             finally:
-                del record, sleeper  # the traceback holds this frame: see Failure
+                del record, sleeper, waits  # the traceback holds this frame: see Failure
             raise
         try:
             if record is not None:
@@ -281,11 +284,18 @@ class ShardedFlight(Core):
                 shard.adopt(seat, sleeper, sleeper.thread)
             return self._lead(shard, h, seat, sleeper.thread, fn, deadline)
         finally:
-            del record, sleeper, seat
+            del record, sleeper, seat, waits
 
     def _stop_following(
-        self, shard: Shard, h: int, seat: Seat, sleeper: Sleeper, record: Execution | None
+        self,
+        shard: Shard,
+        h: int,
+        seat: Seat,
+        sleeper: Sleeper,
+        waits: tuple[Execution, ...],
+        record: Execution | None,
     ) -> None:
+        end_wait(waits)  # that, too, may have been interrupted
         self._withdraw(shard, h, sleeper, record)
         # A key's __eq__ may have raised when `seat` was linked already: nobody else's error.
         self._conclude(shard, h, seat, seat[1], End.LOST)
@@ -390,7 +400,7 @@ class ShardedFlight(Core):
                     try:
                         answer = await waiter
                     finally:
-                        end_wait(waiter)
+                        end_await(waiter)
                 else:
                     answer = await waiter
                 if self._was_watched and isinstance(record.seat, WatchedSeat):
@@ -411,7 +421,7 @@ class ShardedFlight(Core):
                     try:
                         await bell
                     finally:
-                        end_wait(bell)
+                        end_await(bell)
                 else:
                     await bell
             if run.error is None:  # as outcome() does, without the call
@@ -665,8 +675,11 @@ class ShardedFlight(Core):
             if record is None:
                 continue
             # It may be chosen to take over, and be exchanged for another one, at any time.
-            while not self._leave(shard, record, waiter) and record.leader is waiter:
-                self._conclude(shard, h, record.seat, waiter, End.LOST)
+            while not self._leave(shard, record, waiter):
+                if record.leader is waiter:
+                    self._conclude(shard, h, record.seat, waiter, End.LOST)
+                elif record.end is not None or waiter not in record.waiters:
+                    break
             if isinstance(record.seat, WatchedSeat):
                 record.seat.leave(waiter, Departure.CANCELLED)
 
@@ -831,13 +844,17 @@ class ShardedFlight(Core):
 
 
 def _announced(shard: Shard, record: Execution, heir: Any) -> Any:
-    """Who takes over: another one if `heir` can not, for its loop is held up, maybe by this."""
-    loop = other = None
-    if held_up(heir):
-        loop = None if isinstance(heir, Waiter) else heir.get_loop()
-        able = (waiter for waiter in list(record.waiters) if not held_up(waiter))
-        other = next(able, None)
-    return shard.announce(record, heir, loop, other)
+    """Who takes over: another one if `heir` can not go on, maybe because of this."""
+    while True:
+        loop = other = None
+        if held_up(heir):
+            loop = None if isinstance(heir, Waiter) else heir.get_loop()
+            able = (waiter for waiter in list(record.waiters) if not held_up(waiter))
+            other = next(able, None)
+        told = shard.announce(record, heir, loop, other)
+        if told is None or told is not other:
+            return told
+        heir = other  # asked once more, now that it is the leader: see `held_up`
 
 
 def _check_backend(backend: object) -> None:

@@ -87,8 +87,11 @@ class FlightFuture(Future[Any], Run, Waiter):
             try:
                 outcome = flight._lead(shard, h, seat, self, self._fn)
             except BaseException as error:
+                # Before callbacks are called, which may wait: none of its function's waits.
+                self.thread = None
                 self._end(None, error)
             else:
+                self.thread = None
                 self._end(outcome, None)
         finally:
             self.thread = None
@@ -114,18 +117,6 @@ class FlightFuture(Future[Any], Run, Waiter):
         if seat is not None:
             self._flight._conclude(self._shard, self._hash, seat, self, End.LOST)
             self.seat = None
-
-    # As an execution that nobody else has met: who waits for the future waits for its function.
-
-    @property
-    def leader(self) -> Any:
-        """Who leads."""
-        return self
-
-    @property
-    def key(self) -> Any:
-        """As that of `Execution`."""
-        return None if self.seat is None else public_key(self.seat[0])
 
     # As a follower.
 
@@ -208,18 +199,47 @@ class FlightFuture(Future[Any], Run, Waiter):
             error = None
             del self  # as the base does: the error's traceback holds this frame
 
+    def _not_done(self) -> bool:
+        return not self.done()
+
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As `concurrent.futures.Future.exception`; also raises `DeadlockError`."""
+        seat: Seat | None = None
+        waits: tuple[Any, ...] = ()
         try:
             if self.done():
                 return super().exception(timeout)
-            begin_wait(self._shard, (self if self.joined is None else self.joined,))
+            seat = self.seat
+            if self.joined is not None:
+                waits = (self.joined,)
+            elif seat is not None:
+                waits = (_Lead(self, seat),)
+            begin_wait(self._shard, waits, leave=self._not_done)
             try:
                 return super().exception(timeout)
             finally:
-                end_wait()
+                end_wait(waits)
+        except BaseException:
+            end_wait(waits)  # that, too, may have been interrupted
+            raise
         finally:
-            del self  # a deadlock's traceback holds this frame, and self may come to hold that
+            # A deadlock's traceback holds this frame, and self may come to hold that.
+            del self, seat, waits
+
+
+class _Lead:
+    """What a future leads and nobody else has met: for `begin_wait`, as an `Execution` is."""
+
+    __slots__ = ("leader", "seat")
+
+    def __init__(self, future: FlightFuture, seat: Seat) -> None:
+        self.leader = future
+        self.seat = seat
+
+    @property
+    def key(self) -> Any:
+        """As that of `Execution`."""
+        return public_key(self.seat[0])
 
 
 class _Job:

@@ -21,6 +21,7 @@ from ._deadlock import (
     begin_wait,
     check_wait,
     closes_cycle,
+    end_await,
     end_wait,
     leading_code,
     pause,
@@ -266,34 +267,45 @@ def do_many(
     batch = _Batch(flight, keys)
     sleeper = Sleeper()
     me = get_ident()
+    waits: tuple[Execution, ...] = ()
     try:
         led = batch.join(leader_here(), sleeper)
         batch.check_wait(led, blocking=True)
         if led:
+            sleeper.leads = led[0].seat
             _lead_all(batch, led, me, fn)
         while batch.joined:
-            begin_wait(batch.items[0].shard, tuple(batch.joined))
+            sleeper.leads = None
+            waits = tuple(batch.joined)
+            begin_wait(batch.items[0].shard, waits)
             try:
                 sleeper.wait()
             finally:
-                end_wait()
+                end_wait(waits)
             promoted = batch.hear(sleeper)
             for item in promoted:
                 item.shard.adopt(cast("Seat", item.seat), sleeper, me)
             if promoted:
+                sleeper.leads = promoted[0].seat
                 _lead_all(batch, promoted, me, fn)
         return batch.answer()
     except BaseException:
         try:
-            batch.leave(sleeper)
-            batch.lose(batch.items, me)
+            _stop(batch, sleeper, waits)
         except BaseException:  # interrupted: see Core.do
-            batch.leave(sleeper)
-            batch.lose(batch.items, me)
+            _stop(batch, sleeper, waits)
             raise
         raise
     finally:
         batch.clear()
+        waits = ()
+
+
+def _stop(batch: _Batch, sleeper: Sleeper, waits: tuple[Execution, ...]) -> None:
+    """The caller goes: leaves what it has joined, hands over what it leads."""
+    end_wait(waits)  # that, too, may have been interrupted
+    batch.leave(sleeper)
+    batch.lose(batch.items, sleeper.thread)
 
 
 def _lead_all(
@@ -389,7 +401,7 @@ async def do_many_async(
                 try:
                     await bell
                 finally:
-                    end_wait(bell)
+                    end_await(bell)
             else:
                 await bell
             promoted = batch.hear(inbox)

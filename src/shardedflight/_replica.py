@@ -6,10 +6,11 @@ tracks of the others in it. So every follower raises a replica: same type, argum
 attributes, and a traceback that begins where the leader failed.
 
 `copy.copy` will not do: it calls the class with `args`, which an `__init__` of a user's own need
-not accept. (It is the second way, for types that no `__new__` makes empty.) A replica is built below `__init__` and `__setattr__`: the built-in `__new__` makes an
+not accept. A replica is built below `__init__` and `__setattr__`: the built-in `__new__` makes an
 empty object of the type, and what the object holds is carried over slot by slot. C state
 (`OSError.errno`, `UnicodeDecodeError.start`) and `__slots__` are both found as descriptors of the
-classes, so one rule covers them.
+classes, so one rule covers them. `copy.copy` is the second way, for types that no `__new__` makes
+empty.
 """
 
 import copy

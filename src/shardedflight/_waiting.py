@@ -15,7 +15,7 @@ from contextvars import Context
 from threading import get_ident
 from typing import Any, Final, cast
 
-from ._core import End, Execution, Run
+from ._core import End, Execution, Run, Seat
 from ._lock import Bell
 
 __all__ = [
@@ -58,11 +58,14 @@ class Waiter:
 class Sleeper(Bell, Waiter):
     """A thread that waits for one execution or more. Whoever has news appends it, and rings."""
 
-    __slots__ = ("news", "thread")
+    __slots__ = ("leads", "news", "thread")
 
     def __init__(self) -> None:
         Bell.__init__(self)
         self.thread = get_ident()
+        #: The seat of what its thread leads at the moment, or is about to: it hears no news before
+        #: that has ended. Written by the thread.
+        self.leads: Seat | None = None
         #: What has happened: the executions, and whether they are now led by this thread.
         self.news: list[tuple[Execution, bool]] = []
 
