@@ -285,6 +285,15 @@ PLANTS = (
         },
     ),
     Plant(
+        "gives to who is busy",  # the heir runs a function, which waits for what it is to lead
+        "many_heir",
+        flight,
+        "held_up",
+        {
+            "return waiter.leads is not None": "return False",
+        },
+    ),
+    Plant(
         "joins the dying",
         "loop_abandoned",
         core.Shard,

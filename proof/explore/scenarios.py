@@ -283,6 +283,15 @@ def many_lost(w: World) -> None:
     w.thread(w.begun, lambda: w.many(1, 2))
 
 
+@scenario()
+def many_heir(w: World) -> None:
+    """`many_lost`, and the function for the other key asks for that one as well."""
+    w.deadlocks = (0, 1)
+    asks = [lambda: w.do(2)]
+    w.thread(lambda: w.do(2, error=Lost, inside=w.waiting))
+    w.thread(w.begun, lambda: w.many(1, 2, inside=lambda: asks.pop()() if asks else None))
+
+
 # -- futures --------------------------------------------------------------------------------------
 
 
@@ -415,6 +424,28 @@ def loop_heirs(w: World) -> None:
     w.thread(lambda: w.do("k", error=Lost, inside=lambda: w.waiting(2)))
     _cancelled(w, w.begun)
     w.thread(w.waiting, lambda: w.do("k"))
+
+
+@scenario("_announced", "_enter", "_follow")
+def loop_blocked(w: World) -> None:
+    """The leader is lost, one of two heirs is on a loop that is blocked, the other's may be soon.
+
+    With switches only where the heir is chosen, and where waits begin and end.
+    """
+    w.deadlocks = (0, 1)
+    w.thread(lambda: w.do(1, error=Lost, inside=lambda: w.waiting(3)))
+    w.thread(w.begun, lambda: w.do(2, inside=w.ended))
+    w.loop(lambda: _after(lambda: w.begun(2), w), lambda: _blocking(w, 2))
+    w.loop(lambda: _after(lambda: w.waiting(2), w), lambda: _blocking(w, 1))
+
+
+def _after(first: Callable[[], object], w: World) -> Coroutine[Any, Any, Any]:
+    first()
+    return w.do_async(1)
+
+
+async def _blocking(w: World, key: Any) -> None:
+    w.do(key)
 
 
 def _cancelled(w: World, first: Callable[[], object] = lambda: None, closes: bool = False) -> None:
