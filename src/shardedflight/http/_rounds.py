@@ -22,11 +22,11 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, Unpack
 
 from shardedflight import DeadlockError, ShardedFlight
+from shardedflight._lock import SteadyLock
 
 from ._rules import Options, Pass, Refusal, Request, Rules, Shared, Verdict, Where, names
 
@@ -71,6 +71,7 @@ class Round:
 
     __slots__ = (
         "bell",
+        "closed",
         "failed",
         "followers",
         "key",
@@ -97,6 +98,9 @@ class Round:
         self.verdict: Verdict | None = None
         #: The application raised, and followers get that: the flight has it.
         self.failed = False
+        #: The application may have been told that nobody wants its answer: what it says from then
+        #: on, to end somehow, is no answer to anybody.
+        self.closed = False
         #: Called when `followers` falls to 0, or at the end.
         self.bell: Callable[[], None] | None = None
         #: The rounds that code inside its application waits for; one of them twice, if two do.
@@ -121,7 +125,7 @@ class Rounds:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self._lock = Lock()
+        self._lock = SteadyLock()
         self._open: dict[Hashable, Round] = {}
         #: Key to: when it is forgotten, why it passes through if it does, the fields of Vary.
         self._learned: dict[Hashable, tuple[float, Refusal | None, tuple[str, ...]]] = {}
@@ -158,7 +162,7 @@ class Rounds:
                 return Pass.LEARNED
             key = (request.key, request.variant((*fields, *learned)))
             found = None if before is None else before.successors.get(key)
-            if found is None:
+            if found is None or found.closed or found.failed:
                 found = self._open.get(key)
             if found is None:
                 found = self._open[key] = Round(key, request.address)
@@ -172,7 +176,7 @@ class Rounds:
                     )
                 inside.waits.append(found)
             if before is not None:
-                before.successors.setdefault(key, found)
+                before.successors[key] = found
             found.followers += 1
             return found
 
@@ -209,8 +213,18 @@ class Rounds:
             if round_.followers:
                 round_.bell = bell
                 return False
-            self._unlink(round_)
+            self._close(round_)
             return True
+
+    def abandon(self, round_: Round) -> None:
+        """The application is told that nobody wants its answer."""
+        with self._lock:
+            self._close(round_)
+
+    def _close(self, round_: Round) -> None:
+        self._unlink(round_)
+        if round_.verdict is None:
+            round_.closed = True
 
     def replace(self, rounds: Sequence[Round]) -> Verdict | None:
         """A follower has waited for the last of `rounds` too long: whoever joins gets a new one.
@@ -223,7 +237,7 @@ class Rounds:
             for round_ in rounds:
                 late: Round | None = round_
                 while late is not None:
-                    if late.verdict is not None:
+                    if late.verdict is not None and not late.closed:
                         return late.verdict
                     late = late.successors.get(late.key)
             if self._open.get(rounds[-1].key) is rounds[-1]:
@@ -242,7 +256,9 @@ class Rounds:
         with self._lock:
             self._unlink(round_)
             round_.verdict = verdict
-            if isinstance(verdict, Shared):
+            if round_.closed:
+                pass
+            elif isinstance(verdict, Shared):
                 self._learn(request.key, None, tuple(field for field, _ in verdict.variant))
             else:
                 self._unshareable[verdict] += 1
@@ -295,8 +311,11 @@ class Rounds:
             return
         with self._lock:
             _, reason, _ = self._known(request.key)
-            # A head does not tell that a body is short enough now, unless it has a length.
-            unknown = reason is Refusal.SIZE and "content-length" not in headers
+            # A head does not tell that a body is short enough now, unless it has a length; nor
+            # that the application hands none to the server.
+            unknown = reason is Refusal.EXTENSION or (
+                reason is Refusal.SIZE and "content-length" not in headers
+            )
             if reason is not None and not unknown:
                 self._learn(request.key, None, tuple(names(headers.get("vary", ""))))
 
@@ -339,7 +358,7 @@ class Rounds:
 
     def after_fork_in_child(self) -> None:
         """The threads that waited, or held the lock, are the parent's."""
-        self._lock = Lock()
+        self._lock = SteadyLock()
         self._open = {}
 
 
@@ -459,6 +478,9 @@ class Adapter(Generic[AppT]):
         self._check(app)
         if flight is not None and not isinstance(flight, ShardedFlight):
             raise TypeError(f"flight must be a ShardedFlight or None, not {flight!r}")
+        if flight is not None and flight._tier is not None:
+            # Rounds are numbered in each process, and answers are not made to be encoded.
+            raise ValueError(f"flight must have no backend: each process collapses, not {flight!r}")
         rules = Rules(routes, shareable, one_client=self._one_client, **options)
         self._app = app
         self._flight = ShardedFlight(name="http") if flight is None else flight

@@ -2,8 +2,8 @@
 
 An answer that reaches the wrong caller is a leak (Squid's CVE-2016-10003, where a collapsed request
 got another client's answer), so whatever is not known to be harmless passes through. Everything
-here is a decision on values: no I/O, no clock, no lock. The adapters read requests and answers and
-do what is decided here.
+here is a decision on values: no I/O, no lock, and no clock but for an Expires without a Date. The
+adapters read requests and answers and do what is decided here.
 
 Sources, as the comments name them: RFC 9110 (HTTP semantics), RFC 9111 (caching), RFC 9211
 (Cache-Status); Varnish's builtin.vcl; Squid's collapsed forwarding; "ours" where this project
@@ -14,10 +14,14 @@ import enum
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from inspect import isawaitable, iscoroutine, iscoroutinefunction
 from typing import Any, AnyStr, NamedTuple, TypeAlias, TypedDict
 
 __all__ = [
     "DECLARES",
+    "FORWARDED",
     "JUDGED",
     "Options",
     "Pass",
@@ -29,6 +33,7 @@ __all__ = [
     "Verdict",
     "Where",
     "fold",
+    "forwarded_site",
     "has",
 ]
 
@@ -153,15 +158,23 @@ _KEY_HEADERS = frozenset(
         "x-forwarded-port",
         "x-forwarded-prefix",
         "x-forwarded-proto",
+        "x-forwarded-protocol",
         "x-forwarded-scheme",
         "x-forwarded-server",
+        "x-forwarded-ssl",
         "x-http-method",
         "x-http-method-override",
         "x-method-override",
         "x-original-url",
         "x-rewrite-url",
+        "x-scheme",
+        "x-script-name",
     }
 )
+
+#: RFC 7239: as the X-Forwarded fields of proxies, but it tells of the client, too. See
+#: `forwarded_site`.
+FORWARDED = "forwarded"
 
 #: What keeps a request from being collapsed, whoever asks.
 _CONDITIONS = frozenset(
@@ -189,7 +202,16 @@ _CACHE_STATUS = ("Cache-Status", "shardedflight; fwd=miss; collapsed")
 
 #: The fields of an answer by which it is judged: adapters need not read the others for that.
 JUDGED = frozenset(
-    {"cache-control", "content-length", "content-type", "set-cookie", "set-cookie2", "vary"}
+    {
+        "cache-control",
+        "content-length",
+        "content-type",
+        "date",
+        "expires",
+        "set-cookie",
+        "set-cookie2",
+        "vary",
+    }
 )
 
 _STREAMS = frozenset({"text/event-stream", "multipart/x-mixed-replace"})
@@ -252,6 +274,26 @@ def directives(value: str) -> dict[str, str]:
 def names(value: str) -> list[str]:
     """The lower-case members of a field that is a list of field names, such as Vary."""
     return [name.strip().lower() for name in value.split(",") if name.strip()]
+
+
+def forwarded_site(value: str) -> str:
+    """What of a Forwarded field (RFC 7239) tells of host and scheme, and not of the client."""
+    return ";".join(f"{m[1].lower()}={m[2].lower()}" for m in _SITE.finditer(value))
+
+
+_SITE = re.compile(r'(?i)(?<![^;,\s])(host|proto)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^;,\s]*)')
+
+
+def _expired(headers: Mapping[str, str]) -> bool:
+    """Whether Expires says so; what is no date is in the past (RFC 9111 section 5.3)."""
+    if "expires" not in headers:
+        return False
+    try:
+        expires = parsedate_to_datetime(headers["expires"])
+        date = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
+        return expires <= date
+    except (TypeError, ValueError, OverflowError):  # no date; or one without a zone
+        return True
 
 
 def _lasts(seconds: str) -> bool:
@@ -476,7 +518,7 @@ class Rules:
             return Refusal.SET_COOKIE
         if status not in _STATUSES and not (self._server_errors and status in _SERVER_ERRORS):
             return Refusal.STATUS
-        refused = _refused_by_cache_control(request, headers.get("cache-control"))
+        refused = _refused_by_cache_control(request, headers)
         if refused is not None:
             return refused
         if "vary" in headers and "*" in names(headers["vary"]):
@@ -500,11 +542,14 @@ def _forbids_storing(value: str) -> bool:
         return True
 
 
-def _refused_by_cache_control(request: Request, value: str | None) -> Refusal | None:
+def _refused_by_cache_control(request: Request, headers: Mapping[str, str]) -> Refusal | None:
+    value = headers.get("cache-control")
     if value is None:
         if request.authorized:
             return Refusal.AUTHORIZATION
-        return None if request.shareable else Refusal.UNDECLARED
+        if not request.shareable:
+            return Refusal.UNDECLARED
+        return Refusal.STALE if _expired(headers) else None
     try:
         found = directives(value)
     except ValueError:
@@ -515,7 +560,7 @@ def _refused_by_cache_control(request: Request, value: str | None) -> Refusal | 
     if request.authorized and _FOR_EVERYBODY.isdisjoint(found):
         return Refusal.AUTHORIZATION
     lifetime = found.get("s-maxage", found.get("max-age"))  # RFC 9111 section 4.2.1
-    if lifetime is not None and not _lasts(lifetime):
+    if _expired(headers) if lifetime is None else not _lasts(lifetime):
         return Refusal.STALE
     if request.shareable or not _PERMISSIONS.isdisjoint(found):
         return None
@@ -645,10 +690,20 @@ def _fields(what: str, values: Any) -> list[str]:
     return found
 
 
+def _truth(what: str, answer: Any) -> bool:
+    if isawaitable(answer):
+        if iscoroutine(answer):
+            answer.close()
+        raise TypeError(f"{what} must tell at once, not by {answer!r}")
+    return bool(answer)
+
+
 def _matcher(what: str, where: Any) -> Callable[[str, Any], bool]:
     """Makes a test of a path, or of what the framework calls a request."""
     if callable(where):
-        return lambda _, native: bool(where(native))
+        if iscoroutinefunction(where) or iscoroutinefunction(type(where).__call__):
+            raise TypeError(f"{what} must be no coroutine function, for all it returns is true")
+        return lambda _, native: _truth(what, where(native))
     prefixes = _strings(what, where)
     for prefix in prefixes:
         if not prefix.startswith("/"):

@@ -11,8 +11,19 @@ from ._rules import Recording, Refusal, Shared, Verdict
 
 __all__ = ["TaskRun", "ThreadRun"]
 
-#: The round in whose application this code runs.
-_inside: ContextVar[Round | None] = ContextVar("shardedflight.http.inside", default=None)
+
+class _Place:
+    """Where code runs. Contexts keep it as long as any task of the application lives."""
+
+    __slots__ = ("round",)
+
+    def __init__(self, round_: Round) -> None:
+        #: The round; None from its end on, for it has the answer.
+        self.round: Round | None = round_
+
+
+#: In which round's application this code runs.
+_inside: ContextVar[_Place | None] = ContextVar("shardedflight.http.inside", default=None)
 
 
 class Run:
@@ -28,6 +39,7 @@ class Run:
         #: client's.
         self.error: Exception | None = None
         self._round: Round | None = None
+        self._place: _Place | None = None
 
     @property
     def round(self) -> Round:
@@ -58,13 +70,19 @@ class Run:
 
     def _finish(self, verdict: Verdict) -> Verdict:
         self.rounds.finish(self.round, self.caller.request, verdict)
+        self._forget_place()
         return verdict
+
+    def _forget_place(self) -> None:
+        if self._place is not None:
+            self._place.round = None
 
     def _finish_failed(self) -> Verdict | None:
         """The application has raised. None if the followers are to get that."""
         request = self.caller.request
         if not self.recording.begun and self.rounds.rules.shares_failure(request):
             self.rounds.fail(self.round)
+            self._forget_place()
             return None
         return self._finish(self.recording.verdict or self.recording.refuse(Refusal.BROKEN))
 
@@ -136,7 +154,8 @@ class TaskRun(Run):
             Exception: The application's, if `failed`, else what went wrong here.
         """
         caller = self.caller
-        caller.inside = _inside.get()
+        place = _inside.get()
+        caller.inside = None if place is None else place.round
         while (round_ := caller.join()) is not None:
             self._round = round_
             verdict = round_.verdict
@@ -166,7 +185,8 @@ class TaskRun(Run):
             return _known(ended)
         self._limit.reschedule(None)  # of waiting for somebody else
         self.unwatch()
-        _inside.set(self.round)
+        self._place = _Place(self.round)
+        _inside.set(self._place)
         return self.lead()
 
     async def lead(self) -> Verdict:

@@ -23,7 +23,19 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ._rounds import Adapter, Caller, Rounds
-from ._rules import DECLARES, JUDGED, Pass, Refusal, Request, Shared, Verdict, fold, has
+from ._rules import (
+    DECLARES,
+    FORWARDED,
+    JUDGED,
+    Pass,
+    Refusal,
+    Request,
+    Shared,
+    Verdict,
+    fold,
+    forwarded_site,
+    has,
+)
 from ._run import TaskRun
 
 __all__ = ["CoalesceMiddleware"]
@@ -67,7 +79,8 @@ class CoalesceMiddleware(Adapter[App]):
             raise TypeError(f"app must be an ASGI application, not {app!r}")
 
     def _prepare(self) -> None:
-        self._watched = _by_raw_name(self._rules.suspect | self._rules.keyed)
+        self._keyed = self._rules.keyed | {FORWARDED}
+        self._watched = _by_raw_name(self._rules.suspect | self._keyed)
         #: What runs for nobody's request: a loop holds its tasks weakly. Sets change atomically.
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -123,14 +136,20 @@ class CoalesceMiddleware(Adapter[App]):
             if refused is not None:
                 return refused
             authorized = "authorization" in fields
-            fields = {name: fields[name] for name in rules.keyed & fields.keys()}
+            fields = {name: fields[name] for name in self._keyed & fields.keys()}
+        if FORWARDED in fields and FORWARDED not in rules.keyed:
+            site = forwarded_site(str(fields.pop(FORWARDED), "latin-1"))
+            if site:
+                fields[FORWARDED] = site.encode("latin-1")
         key = (
             method,
             native.get("scheme", "http"),
             native.get("root_path", ""),
-            native.get("raw_path") or path,
+            path,  # what is around us may have changed only this
+            native.get("raw_path"),
             native.get("query_string", b""),
             frozenset(fields.items()),  # their order makes no difference
+            None if "host" in fields else str(native.get("server")),
             authorized,
         )
         read = partial(_all, [*headers])
@@ -261,9 +280,11 @@ class _Client:
 
     async def _watch(self, limit: asyncio.Timeout) -> None:
         with contextlib.suppress(Exception):  # the server's trouble, which a send will meet again
-            while not self.gone:
-                self.gone = (await self._receive())["type"] == "http.disconnect"
-            limit.reschedule(asyncio.get_running_loop().time())
+            # Once: a server says nothing before the client leaves, but what replays a request's
+            # body around us may go on saying that it is empty.
+            if (await self._receive())["type"] == "http.disconnect":
+                self.gone = True
+                limit.reschedule(asyncio.get_running_loop().time())
 
     def unwatch(self) -> None:
         """The application, or nobody, listens to the client from now on."""
@@ -343,6 +364,8 @@ class _Run(TaskRun):
         self._decided = False
         #: Where the flight waits for that.
         self._bell: asyncio.Future[None] | None = None
+        #: Where the application waits to be told that its client has left.
+        self._rung: asyncio.Future[None] | None = None
         #: The leader's request has ended before the application.
         self._detached = False
 
@@ -355,6 +378,7 @@ class _Run(TaskRun):
             try:
                 await self._bell
             except asyncio.CancelledError:  # nobody is left
+                self.rounds.abandon(self.round)
                 task.cancel()
                 raise
         verdict = self.round.verdict
@@ -395,10 +419,13 @@ class _Run(TaskRun):
         """Returns when the leader's client is the only one that the execution is for."""
         loop = asyncio.get_running_loop()
         while not self._decided:
-            rung = loop.create_future()
+            if self._rung is None or self._rung.done():
+                self._rung = loop.create_future()
+            rung = self._rung  # one for all who wait here: a round has one bell
             if self.rounds.close(self.round, partial(_ring, loop, rung)):
+                _settle(rung)
                 return
-            await rung
+            await asyncio.wait([rung])
 
     def _send(self, message: Message) -> Awaitable[None]:
         # No coroutine of its own where the server's will do.
@@ -411,18 +438,9 @@ class _Run(TaskRun):
         return self._outlet.send(message) if self._decided else self._send_undecided(message)
 
     async def _send_undecided(self, message: Message) -> None:
-        """The answer may be shared, so followers wait for the rest: no client shall slow it down.
-
-        What is sent first finds the connection's buffer empty, and needs no task.
-        """
+        """The answer may be shared, so followers wait for the rest: no client shall slow it down."""
         outlet = self._outlet
-        if message["type"] == "http.response.body":
-            outlet.post(message)
-        else:
-            try:
-                await outlet.send(message)
-            except Exception as error:  # noqa: BLE001 - it is raised below, if nobody follows
-                outlet.error = error
+        outlet.post(message)
         if outlet.error is not None and self.rounds.close(self.round):
             raise outlet.error
 

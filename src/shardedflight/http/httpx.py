@@ -247,12 +247,17 @@ class _ThreadRun(ThreadRun):
         if verdict is not None:
             return verdict
         assert isinstance(response.stream, httpx.SyncByteStream)
-        self._iterator = iter(response.stream)
-        for chunk in self._iterator:
-            self._taken.append(chunk)
-            verdict = self.recording.body(chunk)
-            if verdict is not None:
-                return verdict
+        try:
+            self._iterator = iter(response.stream)
+            for chunk in self._iterator:
+                self._taken.append(chunk)
+                verdict = self.recording.body(chunk)
+                if verdict is not None:
+                    return verdict
+        except BaseException as error:
+            if not isinstance(error, Exception):  # nobody will ask for the response
+                response.close()
+            raise
         return self.recording.end()
 
     def response(self) -> httpx.Response:

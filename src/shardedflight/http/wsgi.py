@@ -13,7 +13,17 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from ._rounds import Adapter, Caller, Rounds
-from ._rules import DECLARES, Pass, Refusal, Request, Verdict, fold, has
+from ._rules import (
+    DECLARES,
+    FORWARDED,
+    Pass,
+    Refusal,
+    Request,
+    Verdict,
+    fold,
+    forwarded_site,
+    has,
+)
 from ._run import ThreadRun
 
 __all__ = ["CoalesceMiddleware"]
@@ -29,7 +39,14 @@ App: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 #: What servers say of a client that they have authenticated.
 _VERIFIED = "SSL_CLIENT_VERIFY"
-_IDENTITIES = ("REMOTE_USER", "SSL_CLIENT_CERT", "SSL_CLIENT_S_DN", "SSL_CLIENT_M_SERIAL")
+_IDENTITIES = (
+    "REMOTE_USER",
+    "SSL_CLIENT_CERT",
+    "SSL_CLIENT_S_DN",
+    "SSL_CLIENT_M_SERIAL",
+    "HTTPS_CC",  # uWSGI's
+    "HTTPS_DN",
+)
 
 
 class CoalesceMiddleware(Adapter[App]):
@@ -74,9 +91,13 @@ class CoalesceMiddleware(Adapter[App]):
             answer = run.fly(self._flight)
         except Exception as error:
             if run.failed:
+                run.close()
                 raise
             self._rounds.count_error(error, passed=not run.begun)
             answer = None
+        except BaseException:
+            run.close()
+            raise
         if run.begun:
             return run.rest()
         if answer is None:
@@ -108,7 +129,12 @@ class CoalesceMiddleware(Adapter[App]):
         scheme = native.get("wsgi.url_scheme", "http")
         query = native.get("QUERY_STRING", "")
         fields = map(native.get, self._keyed)
-        key = (method, scheme, script, info, query, raw, *fields, authorized)
+        forwarded = native.get(_FORWARDED)
+        site = forwarded_site(forwarded) if forwarded else ""
+        server = None
+        if not native.get("HTTP_HOST"):
+            server = (native.get("SERVER_NAME"), native.get("SERVER_PORT"))
+        key = (method, scheme, script, info, query, raw, *fields, site, server, authorized)
         read = partial(_all, native.copy())
         return Request(key, path, read, authorized, rules.shareable(path, native))
 
@@ -127,6 +153,9 @@ def _key_of(name: str) -> str:
     """Where the environ has a header field."""
     key = name.upper().replace("-", "_")
     return key if key in _BARE else f"HTTP_{key}"
+
+
+_FORWARDED = _key_of(FORWARDED)
 
 
 def _all(environ: Environ) -> dict[str, str]:
@@ -247,13 +276,18 @@ class _Run(ThreadRun):
             Exception: The application's, or that of sending to the client.
         """
         if self.error is not None:
-            _close(self._iterable)
+            self.close()
             self.raise_error()
         if self._write is None and self._head is not None:
             self._open()
         if self._iterator is None:
             return self._iterable
         return _Rest(self._unsent, self._iterator, self._iterable)
+
+
+    def close(self) -> None:
+        """The server will not be given the application's iterable, and so can not close it."""
+        _close(self._iterable)
 
 
 class _Rest:
