@@ -26,7 +26,14 @@ from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 from test_processes import in_child, need_fork
 
 import shardedflight
-from shardedflight import DeadlockError, FlightTimeout, ShardedFlight, coalesce
+from shardedflight import (
+    DeadlockError,
+    FlightTimeout,
+    ShardedFlight,
+    _coalesce,
+    _lock,
+    coalesce,
+)
 from shardedflight.keys import concat_key, fnv1a_64
 
 #: What a decorated function may be.
@@ -1704,6 +1711,131 @@ def test_a_signal_in_the_middle_of_the_caches_work_may_call_the_function() -> No
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [0, 3]
+
+
+class Dropping(MutableMapping[Any, Any]):
+    """A mapping of the user's, whose entry expires between the two looks of the mix-in's `pop`."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Any, Any] = {}
+        self.expires = False
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.entries[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        if self.expires:
+            self.entries.clear()
+        del self.entries[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def test_forget_of_an_entry_that_expires_meanwhile() -> None:
+    cache = Dropping()
+    load = coalesce(cache=cache)(lambda x: x + 1)
+    assert load(1) == 2
+    cache.expires = True
+    load.forget(1)
+    assert len(cache) == 0
+
+
+def test_forget_forgets_the_execution_when_the_cache_fails() -> None:
+    class Failing(dict[Any, Any]):
+        def pop(self, *_: Any) -> Any:
+            raise LookupError("no cache")
+
+    gate, started = threading.Event(), threading.Event()
+    runs: list[int] = []
+
+    @coalesce(cache=Failing())
+    def load(x: int) -> int:
+        runs.append(x)
+        started.set()
+        assert len(runs) > 1 or gate.wait(PATIENCE)
+        return len(runs)
+
+    first = spawn(load, 1)
+    assert started.wait(PATIENCE)
+    with pytest.raises(LookupError, match="no cache"):
+        load.forget(1)
+    second = spawn(load, 1)
+    assert second.result(PATIENCE) == 2
+    gate.set()
+    first.result(PATIENCE)
+
+
+@need_fork
+def test_a_fork_waits_for_a_cache_that_is_being_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child finds the mapping whole."""
+    monkeypatch.setattr(_lock.ForkHold, "WAITS", PATIENCE)
+    forking, changing = threading.Event(), threading.Event()
+
+    class Slow(dict[Any, Any]):
+        half = False
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            self.half = True
+            changing.set()
+            assert forking.wait(PATIENCE)
+            super().__setitem__(key, value)
+            self.half = False
+
+    cache = Slow()
+    load = coalesce(cache=cache)(lambda x: x + 1)
+    locks = _coalesce._fork_hold._locks
+
+    def all_locks() -> Any:
+        forking.set()
+        return locks()
+
+    monkeypatch.setattr(_coalesce._fork_hold, "_locks", all_locks)
+    writer = spawn(load, 1)
+    assert changing.wait(PATIENCE)
+
+    def in_the_child() -> None:
+        assert not cache.half
+        assert load(1) == 2
+
+    in_child(in_the_child)
+    assert writer.result(PATIENCE) == 2
+
+
+@need_fork
+def test_a_fork_while_another_method_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 3.11 a cached_property has one lock for all, which the child would find taken."""
+    binding, bound = threading.Event(), threading.Event()
+    make = _coalesce.Function._make_methods
+
+    class Shop:
+        pass
+
+    first, second = coalesce(lambda self: "first"), coalesce(lambda self: "second")
+
+    def slow(self: Any) -> Any:
+        if not binding.is_set():
+            binding.set()
+            assert bound.wait(PATIENCE)
+        return make(self)
+
+    monkeypatch.setattr(_coalesce.Function, "_make_methods", slow)
+    Shop.first, Shop.second = first, second  # type: ignore[attr-defined]
+    caller = spawn(lambda: Shop().first())  # type: ignore[attr-defined]
+    assert binding.wait(PATIENCE)
+
+    def in_the_child() -> None:
+        assert Shop().second() == "second"  # type: ignore[attr-defined]
+
+    in_child(in_the_child)
+    bound.set()
+    assert caller.result(PATIENCE) == "first"
 
 
 def test_it_is_public() -> None:

@@ -101,7 +101,7 @@ def test_a_path_that_was_rewritten_around_us_is_the_applications() -> None:
 
 
 def test_the_site_that_a_forwarded_field_tells_is_in_the_key() -> None:
-    """RFC 7239's form of X-Forwarded-Host; whose request it was forwarded for makes no difference."""
+    """RFC 7239's form of X-Forwarded-Host; for whom it was forwarded makes no difference."""
 
     def say(scope: Any) -> bytes:
         return dict(scope["headers"]).get(b"forwarded", b"")
@@ -210,7 +210,7 @@ def test_a_flight_with_a_backend_is_refused(tmp_path: Any) -> None:
         asgi.CoalesceMiddleware(Told(lambda _: b""), routes=["/"], flight=flight)
 
 
-# -- what an application says that has been told to give up -----------------------------------------
+# -- what an application says that has been told to give up ----------------------------------------
 
 
 class Rows:

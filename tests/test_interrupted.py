@@ -195,3 +195,119 @@ def test_a_failure_without_a_traceback_is_told_without_one() -> None:
 
 def test_the_marks_of_keys_say_what_they_are() -> None:
     assert repr(_core.SEVERAL) == "<several parts>"
+
+
+@flights
+@pytest.mark.parametrize("where", ["adopt", "_lead"])
+def test_an_interrupt_before_an_heir_begins(
+    where: str, make: Callable[[], ShardedFlight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 4: it is lost in turn, to the next who waits; it was told, and leads already."""
+    flight = make()
+    lose = threading.Event()
+
+    def lost() -> None:
+        assert lose.wait(PATIENCE)
+        raise SystemExit
+
+    leader = spawn(flight.do, lost, "k")
+    eventually(lambda: flight.in_flight() == 1)
+    heirs = []
+    for count in (1, 2):
+        heirs.append(spawn(flight.do, lambda: "own", "k"))
+        eventually(lambda count=count: flight.stats().waiting == count)
+    owner = _core.Shard if where == "adopt" else ShardedFlight
+    called = once(monkeypatch, owner, where, KeyboardInterrupt())
+    lose.set()
+    assert isinstance(leader.exception(PATIENCE), SystemExit)
+    assert isinstance(heirs[0].exception(PATIENCE), KeyboardInterrupt)
+    assert heirs[1].result(PATIENCE) == ("own", False)
+    assert called() == 2
+    assert flight.in_flight() == 0
+    assert flight.do(lambda: "next", "k") == ("next", False)
+
+
+def test_a_futures_function_that_is_interrupted_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by an exception that another thread has sent to the pool's: the key is free."""
+    flight = ShardedFlight()
+    once(monkeypatch, ShardedFlight, "_lead", KeyboardInterrupt())
+    assert isinstance(flight.do_future(int, "k").exception(PATIENCE), KeyboardInterrupt)
+    assert flight.in_flight() == 0
+    assert flight.do(lambda: "next", "k") == ("next", False)
+
+
+def test_a_follower_that_a_handler_cancels_while_all_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The value goes to all the others, and to the leader."""
+    flight = ShardedFlight()
+    go, leader = led(flight)
+    futures = [flight.do_future(lambda: "own", "k") for _ in range(3)]
+    kind = type(futures[0])
+    cancelled = kind.cancelled
+    cancelling: list[bool] = []
+
+    def cancels_one(self: Any) -> bool:
+        if not cancelling:
+            cancelling.append(True)
+            futures[1].cancel()
+        return cancelled(self)
+
+    monkeypatch.setattr(kind, "cancelled", cancels_one)
+    go.set()
+    assert leader.result(PATIENCE) == ("value", True)
+    assert futures[0].result(PATIENCE) == futures[2].result(PATIENCE) == ("value", True)
+    monkeypatch.undo()
+    assert futures[1].cancelled()
+    assert flight.in_flight() == 0
+
+
+def test_a_handler_joins_what_its_thread_is_about_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has found the execution in flight: so it is woken, though that ends meanwhile."""
+    flight = ShardedFlight(1)
+    go, leader = led(flight)
+    shard = flight._shard_at(0)
+    fence = _core.Shard._fence
+    calls: list[None] = []
+    futures: list[Any] = []
+
+    def handled(self: _core.Shard) -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            futures.append(flight.do_future(lambda: "own", "k"))
+            go.set()
+            eventually(lambda: not shard.table, "the leader has unlinked its seat")
+        fence(self)
+
+    monkeypatch.setattr(_core.Shard, "_fence", handled)
+    answer = flight.do(lambda: "main's own", "k")
+    assert leader.result(PATIENCE) == answer == ("value", True)
+    assert futures[0].result(PATIENCE) == ("value", True)
+    assert flight.in_flight() == flight.stats().waiting == 0
+
+
+def test_a_handler_makes_the_shard_that_its_thread_is_making(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shard is made once: a second one would not know what runs in the first."""
+    flight = ShardedFlight(4)
+    gate = threading.Event()
+    futures: list[Any] = []
+    kind = _core.Shard
+
+    def shard(*args: Any) -> _core.Shard:
+        if not futures:
+            futures.append(None)
+            futures[0] = flight.do_future(lambda: gate.wait(PATIENCE), "k")
+        return kind(*args)
+
+    monkeypatch.setattr(_core, "Shard", shard)
+    caller = spawn(flight.do, lambda: "own", "k")
+    eventually(lambda: flight.stats().waiting == 1 or caller.done())
+    assert flight.in_flight() == 1
+    gate.set()
+    assert caller.result(PATIENCE) == (True, True)
+    assert futures[0].result(PATIENCE) == (True, True)
+    assert flight.stats().executions == 1

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 
-from shardedflight import DeadlockError, FlightTimeout, ShardedFlight
+from shardedflight import DeadlockError, FlightTimeout, ShardedFlight, _flight, _waiting
 
 KINDS = ("thread", "task", "future")
 
@@ -1388,3 +1388,44 @@ def test_what_runs_is_listed_while_the_collector_lets_others_change_it() -> None
         gc.set_threshold(*threshold)
         gc.callbacks.remove(change)
         shard.overflow.clear()
+
+
+@pytest.mark.parametrize("what", ["executor", "loop"])
+def test_what_no_thread_can_be_had_for_is_done_by_who_comes_next(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 4: as many threads as the machine allows, most of them followers."""
+    pool = ThreadPoolExecutor(1)
+    flight = ShardedFlight(executor=pool)
+    busy = threading.Event()
+    loop = asyncio.new_event_loop()
+    if what == "executor":
+        pool.submit(busy.wait, PATIENCE)
+        flight.do_future(lambda: "never", "k")
+    else:
+
+        async def main() -> None:
+            task = asyncio.ensure_future(flight.do_async(asyncio.Event().wait, "k"))
+            await eventually_async(lambda: flight.in_flight() == 1)
+            assert not task.done()
+
+        loop.run_until_complete(main())
+    follower = spawn(flight.do, lambda: "own", "k")
+    eventually(lambda: flight.stats().waiting == 1)
+
+    def refused(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_flight, "start_new_thread", refused)
+        patch.setattr(_waiting, "start_new_thread", refused)
+        if what == "executor":
+            pool.shutdown(wait=False, cancel_futures=True)
+        else:
+            loop.close()
+            gc.collect()
+    busy.set()
+    newcomer = spawn(flight.do, lambda: "own", "k")
+    assert newcomer.result(PATIENCE)[0] == follower.result(PATIENCE)[0] == "own"
+    loop.close()
+    pool.shutdown()

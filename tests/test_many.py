@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from support import PATIENCE, eventually, eventually_async, spawn, spawn_loop
 
-from shardedflight import DeadlockError, FlightErrorGroup, ShardedFlight
+from shardedflight import DeadlockError, FlightErrorGroup, FlightTimeout, ShardedFlight
 
 
 class Lost(BaseException):
@@ -1239,3 +1239,47 @@ def test_overlapping_calls_with_losses_and_errors_answer_every_key(seed: int) ->
         caller.result(PATIENCE)
     assert flight.stats().deadlocks == 0
     assert_clean(flight, *"abcdef")
+
+
+class Veiled(Exception):
+    """Answers for its own traceback."""
+
+    @property
+    def __traceback__(self) -> Any:  # type: ignore[override]
+        raise ZeroDivisionError
+
+
+class Unprintable:
+    """A key."""
+
+    def __repr__(self) -> str:
+        raise ZeroDivisionError
+
+
+@in_both_ways
+def test_an_error_that_answers_for_its_own_traceback(kind: str) -> None:
+    """Section 3 for many keys: "as itself", for those who joined as well."""
+    flight = ShardedFlight()
+    gate = threading.Event()
+    leader = lead_many(kind, flight, Rows(Veiled("mine"), gate=gate), "a")
+    follower = follows(flight, "a")
+    gate.set()
+    assert type(leader.exception(PATIENCE)) is Veiled
+    assert type(follower.caller.exception(PATIENCE)) is Veiled
+    assert_clean(flight, "a")
+
+
+def test_failed_keys_whose_repr_raises() -> None:
+    """Section 8: "Names each failed key; has `.found`", and 5: a timeout is one."""
+    flight = ShardedFlight()
+    key = Unprintable()
+    joined = leads(flight, key, LookupError("lost row"))
+    with pytest.raises(FlightTimeout, match="Unprintable whose repr raises"):
+        flight.do(lambda: None, key, timeout=0)
+    caller = spawn(flight.do_many, lambda keys: dict.fromkeys(keys, "row"), [key, "b"])
+    eventually(lambda: flight.stats().waiting == 1)
+    joined.gate.set()
+    error = caller.exception(PATIENCE)
+    assert isinstance(error, FlightErrorGroup)
+    assert error.found == {"b": ("row", False)}
+    assert [*error.failed] == [key]

@@ -153,6 +153,19 @@ def test_what_can_not_be_shown_is_an_error_and_leaves_nobody_watching() -> None:
         FlightsPage(7)  # type: ignore[arg-type]
 
 
+def test_a_signal_handler_may_call_a_flight_amid_the_pages_own_work() -> None:
+    """The page's lock is held by the very thread whose call the page is then told of."""
+    flight = ShardedFlight(name="prices")
+    page = FlightsPage(flight)
+    (watcher,) = page._watchers.values()
+
+    def interrupted() -> Any:
+        with watcher._lock, page._flights._lock:
+            return flight.do(lambda: "value", "k")
+
+    assert spawn(interrupted).result(PATIENCE) == ("value", False)
+
+
 def test_over_http() -> None:
     flight = ShardedFlight(name="f")
     with (

@@ -532,6 +532,32 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         served.stdout.close()
 
 
+def test_a_flight_may_take_the_name_of_one_whose_end_is_just_noticed() -> None:
+    """A scrape drops what is gone, while another thread adds a flight of that name."""
+    registry = CollectorRegistry()
+    old = ShardedFlight(name="x")
+    metrics = FlightMetrics(old, registry=registry)
+    del old
+    gc.collect()
+    new = ShardedFlight(name="x")
+    drop = metrics._drop
+    adding: list[Any] = []
+
+    def slow(name: str) -> None:
+        metrics._drop = drop  # type: ignore[method-assign]
+        adding.append(spawn(metrics.add, new))
+        with contextlib.suppress(TimeoutError):  # it has to wait: that is the point
+            adding[0].result(0.05)
+        drop(name)
+
+    metrics._drop = slow  # type: ignore[method-assign]
+    generate_latest(registry)
+    adding[0].result(PATIENCE)
+    new.do(lambda: 1, "k")
+    text = generate_latest(registry).decode()
+    assert 'shardedflight_execution_seconds_count{flight="x"} 1.0' in text
+
+
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_query_of_the_dashboard_is_answered(prometheus: int, query: str) -> None:
     query = query.replace("$flight", ".*").replace("$__rate_interval", "1m")

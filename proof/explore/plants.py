@@ -99,7 +99,7 @@ PLANTS = (
         core.Shard,
         "_meet",
         {
-            "linked = self.get(h) is seat": "linked = True",
+            "if self.get(h) is seat:": "if True:",
         },
     ),
     Plant(

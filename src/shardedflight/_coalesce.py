@@ -23,13 +23,14 @@ while it holds the latest `Permit` for the key, and `forget` takes that away.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import inspect
 import os
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Hashable, MutableMapping
-from functools import cached_property, partial, update_wrapper
+from functools import partial, update_wrapper
 from types import MethodType
 from typing import (
     TYPE_CHECKING,
@@ -46,7 +47,7 @@ from typing import (
 
 from ._core import check_timeout
 from ._flight import ShardedFlight
-from ._lock import SteadyLock
+from ._lock import ForkHold, SteadyLock
 from .exceptions import FlightTimeout
 
 __all__ = ["coalesce"]
@@ -399,15 +400,24 @@ def _guard(mapping: MutableMapping[Any, Any]) -> Guard:
         return found
 
 
+#: The child has to find the mappings whole.
+_fork_hold = ForkHold(lambda: [guard.lock for guard in list(_guards.values())])
+
+
 def _after_fork_in_child() -> None:
     global _guards_lock
     _guards_lock = SteadyLock()
+    _fork_hold.after_in_child()
     for guard in list(_guards.values()):
         guard.lock = SteadyLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_fork_hold.before,
+        after_in_parent=_fork_hold.after_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class Permit:
@@ -469,7 +479,8 @@ class Cache:
         key = self._key(key)
         with self._guard.lock:
             self._permits.pop(key, None)
-            self._guard.mapping.pop(key, None)
+            with contextlib.suppress(KeyError):  # it expired between the two looks of `pop`
+                self._guard.mapping.pop(key, None)
 
 
 # -- calling --------------------------------------------------------------------------------------
@@ -488,9 +499,14 @@ class Function:
     timeout: float | None
     cache: Cache | None
 
-    @cached_property
+    @property
     def methods(self) -> "Calls":
         """The calls whose first argument is an instance, made when they are first wanted."""
+        # Not a cached_property: before 3.12 that has a lock, which a fork would leave taken.
+        made: Calls | None = self.__dict__.get("_methods")
+        return made or self.__dict__.setdefault("_methods", self._make_methods())
+
+    def _make_methods(self) -> "Calls":
         # Python's own id: see the top of this module.
         if self.key is None and self.flight._tier is not None:
             raise TypeError(
@@ -597,9 +613,11 @@ def _forget_with(function: Function, keys: Keys) -> Callable[..., None]:
     def forget(*args: Any, **kwargs: Any) -> None:
         key = keys.make(*args, **kwargs)
         try:
-            if cache is not None:
-                cache.drop(key)
-            flight.forget(token, key)
+            try:
+                if cache is not None:
+                    cache.drop(key)
+            finally:
+                flight.forget(token, key)
         except TypeError:
             keys.refuse_unhashable(key)
             raise

@@ -167,6 +167,7 @@ class Execution:
         "inherited",
         "joinable",
         "leader",
+        "linked",
         "passed_over",
         "predecessor",
         "seat",
@@ -183,6 +184,8 @@ class Execution:
         #: end. It is the fence: an end is accepted from the leader alone, so the late end of a
         #: former leader does nothing.
         self.leader = seat[1]
+        #: It was found linked when its record could be seen: its end will look for the record.
+        self.linked = False
         #: Who waits, in order of arrival; and the loop of one that is a plain `asyncio.Future`.
         self.waiters: dict[Any, Any] = {}
         #: False once forgotten, abandoned or ended; and while it is passed over.
@@ -490,19 +493,21 @@ class Shard:
         """The record of `seat`, made now if need be; None if it has ended. Under the lock."""
         number = id(seat)
         record = self.met.get(number)
-        if record is not None:
+        if record is not None and record.linked:
             return record
-        record = Execution(seat)
+        # One that is not linked is being met further out on this stack, which a signal handler or a
+        # destructor has interrupted.
+        record = record or Execution(seat)
         self.met[number] = record
         try:
             self._mark()
             self._fence()
-            linked = self.get(h) is seat
-        except BaseException:  # a signal handler's
-            del self.met[number]
-            raise
-        if not linked:
-            del self.met[number]
+            if self.get(h) is seat:
+                record.linked = True
+        finally:
+            if not record.linked:
+                self.met.pop(number, None)
+        if not record.linked:
             self._mark()
             return None
         return record
@@ -550,7 +555,8 @@ class Shard:
         Returns:
             False, with `seat` not linked, if the place has another holder: it may be of this key.
         """
-        self.met[id(seat)] = Execution(seat)
+        self.met[id(seat)] = record = Execution(seat)
+        record.linked = True  # in overflow, where it is from its record's first moment on
         self._change_overflow(h, [*self.overflow.get(h, ()), seat])
         holder = self.link(h, seat)
         if holder is head:
@@ -801,7 +807,7 @@ def count_served(waiters: dict[Any, Any]) -> int:
     jump behind an `if` from what `with` covers, and it runs signal handlers there.
     """
     served = 0
-    for waiter in waiters:
+    for waiter in list(waiters):  # a signal handler may cancel one of them meanwhile
         if not waiter.cancelled():
             served += 1
     return served
@@ -1013,8 +1019,10 @@ class Core:
             with _making:
                 shard = self._shards[index]
                 if shard is None:
-                    memory = self._memory if COMPILED else None
-                    shard = self._shards[index] = Shard(memory, index)
+                    made = Shard(self._memory if COMPILED else None, index)
+                    shard = self._shards[index]  # a signal handler may have been faster
+                    if shard is None:
+                        shard = self._shards[index] = made
         return shard
 
     def _made_shards(self) -> list[Shard]:

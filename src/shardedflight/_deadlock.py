@@ -45,7 +45,7 @@ from ._core import (
 from ._lock import SteadyLock
 from ._threads import current_frames
 from ._waiting import LoopRun, Sleeper, loop_of
-from .exceptions import DeadlockError
+from .exceptions import DeadlockError, shown
 
 __all__ = [
     "begin_run",
@@ -611,19 +611,12 @@ def _cycle(path: list[Execution], task: "asyncio.Task[Any] | None", first: Seque
 
 def _error(cycle: Cycle) -> DeadlockError:
     """Not to be called under a lock: it asks the keys for their `repr`."""
-    names = " -> ".join(map(_shown, cycle.keys))
+    names = " -> ".join(map(shown, cycle.keys))
     if cycle.stops_loop:
         message = f"waiting for {names} on this thread would stop the event loop that it needs"
     else:
         message = f"these wait for each other: {names}"
     return DeadlockError(message, cycle.keys)
-
-
-def _shown(key: Any) -> str:
-    try:
-        return repr(key)
-    except Exception:
-        return f"<{type(key).__name__} whose repr raises>"
 
 
 def _led_inside(execution: Execution) -> list[Seat]:

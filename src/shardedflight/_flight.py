@@ -1,7 +1,6 @@
 """`ShardedFlight`: one call for threads, coroutines and futures, on the state of `_core`."""
 
 import asyncio
-import contextlib
 import dataclasses
 import inspect
 import os
@@ -11,7 +10,7 @@ from asyncio import Task, get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from threading import TIMEOUT_MAX, get_ident
+from threading import TIMEOUT_MAX
 from time import monotonic
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -49,7 +48,7 @@ from ._deadlock import (
     pause,
 )
 from ._future import FlightFuture
-from ._lock import SteadyLock
+from ._lock import ForkHold, SteadyLock
 from ._observe import (
     Departure,
     Observer,
@@ -71,7 +70,7 @@ from ._waiting import (
     wake_all,
     watch_loop,
 )
-from .exceptions import BackendError, FlightTimeout, InvalidShardsError
+from .exceptions import BackendError, FlightTimeout, InvalidShardsError, shown
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -242,6 +241,7 @@ class ShardedFlight(Core):
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
         record: Execution | None = None
+        promoted = False
         waits: tuple[Execution, ...] = ()
         deadline = None if timeout is None or self._tier is None else _after(timeout)
         try:
@@ -259,7 +259,7 @@ class ShardedFlight(Core):
                             if isinstance(record.seat, WatchedSeat):
                                 record.seat.leave(sleeper, Departure.TIMED_OUT)
                             raise FlightTimeout(
-                                f"waited {timeout} s for the execution of {record.key!r}"
+                                f"waited {timeout} s for the execution of {shown(record.key)}"
                             )
                         sleeper.wait()
                 finally:
@@ -269,22 +269,20 @@ class ShardedFlight(Core):
                     record.seat.leave(sleeper, departure_from(record, promoted))
                 if not promoted:
                     return record.outcome()
+                shard.adopt(record.seat, sleeper, sleeper.thread)
+            led = seat if record is None else record.seat
+            return self._lead(shard, h, led, sleeper.thread, fn, deadline)
         except BaseException:
             try:
-                self._stop_following(shard, h, seat, sleeper, waits, record)
+                self._stop_following(shard, h, seat, sleeper, waits, record, promoted)
             except BaseException:  # interrupted: see Core.do
-                self._stop_following(shard, h, seat, sleeper, waits, record)
+                self._stop_following(shard, h, seat, sleeper, waits, record, promoted)
                 raise
-            finally:
-                del record, sleeper, waits  # the traceback holds this frame: see Failure
             raise
-        try:
-            if record is not None:
-                seat = record.seat
-                shard.adopt(seat, sleeper, sleeper.thread)
-            return self._lead(shard, h, seat, sleeper.thread, fn, deadline)
         finally:
-            del record, sleeper, seat, waits
+            # The traceback holds this frame: see Failure.
+            led = seat
+            del record, sleeper, seat, waits, led
 
     def _stop_following(
         self,
@@ -294,9 +292,12 @@ class ShardedFlight(Core):
         sleeper: Sleeper,
         waits: tuple[Execution, ...],
         record: Execution | None,
+        promoted: bool,
     ) -> None:
         end_wait(waits)  # that, too, may have been interrupted
         self._withdraw(shard, h, sleeper, record)
+        if promoted and record is not None:  # it may lead by now, and not have begun
+            self._conclude(shard, h, record.seat, sleeper.thread, End.LOST)
         # A key's __eq__ may have raised when `seat` was linked already: nobody else's error.
         self._conclude(shard, h, seat, seat[1], End.LOST)
 
@@ -828,8 +829,10 @@ class ShardedFlight(Core):
         return watch_loop(loop, _loop_closed)
 
     def _on_a_thread(self, function: Callable[..., None], *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the interpreter is going down
+        try:
             start_new_thread(function, args)
+        except RuntimeError:  # there are too many, or the interpreter is going down
+            late.append((function, args))
 
     def _after_fork_in_child(self) -> None:
         self._orphan()
@@ -892,38 +895,18 @@ def _loop_closed() -> None:
         flight._loop_closed()
 
 
-#: The locks that are taken before a fork and released after it, by the ident of who forks.
-_held_over_fork: dict[int, list[Any]] = {}
-#: Seconds that a fork waits for all of them, at the most.
-_FORK_WAITS = 0.5
-
-
-def _before_fork() -> None:
-    """Waits for those who change a shard: the child has to find it whole, and able to be changed.
-
-    Free-threaded, each object has a lock of its own, which is held while an attribute is set. A
-    thread that is gone in the child would hold it for good. To change a shard takes microseconds;
-    for one that takes longer, as under a debugger, a fork does not wait.
-    """
-    locks = _held_over_fork[get_ident()] = []
-    deadline = monotonic() + _FORK_WAITS
-    for flight in all_flights():
-        for shard in flight._made_shards():
-            locks.append(shard.lock)  # first: a signal handler may raise after `acquire`
-            shard.lock.acquire(timeout=max(0.0, deadline - monotonic()))
-
-
-def _after_fork_in_parent() -> None:
-    for lock in _held_over_fork.pop(get_ident(), ()):
-        if lock._is_owned():
-            lock.release()
+#: The child has to find the shards whole, and able to be changed: free-threaded, each object has a
+#: lock of its own, which is held while an attribute is set.
+_fork_hold = ForkHold(
+    lambda: [shard.lock for flight in all_flights() for shard in flight._made_shards()]
+)
 
 
 def _after_fork_in_child() -> None:
-    global _pool_lock, _observers_lock, _held_over_fork
+    global _pool_lock, _observers_lock
     _pool_lock = SteadyLock()
     _observers_lock = SteadyLock()
-    _held_over_fork = {}
+    _fork_hold.after_in_child()
     after_fork_in_child()
     for flight in all_flights():
         flight._after_fork_in_child()
@@ -931,7 +914,7 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
+        before=_fork_hold.before,
+        after_in_parent=_fork_hold.after_in_parent,
         after_in_child=_after_fork_in_child,
     )

@@ -89,6 +89,7 @@ class FlightFuture(Future[Any], Run, Waiter):
             except BaseException as error:
                 # Before callbacks are called, which may wait: none of its function's waits.
                 self.thread = None
+                flight._conclude(shard, h, seat, self, End.LOST)  # if it has not even begun
                 self._end(None, error)
             else:
                 self.thread = None

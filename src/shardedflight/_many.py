@@ -35,7 +35,7 @@ from ._waiting import (
     Sleeper,
     Waiter,
 )
-from .exceptions import FlightErrorGroup
+from .exceptions import FlightErrorGroup, shown
 
 if TYPE_CHECKING:
     from ._flight import ShardedFlight
@@ -170,7 +170,7 @@ class _Batch:
         if not isinstance(error, Exception):
             self.lose(items, leader)
             return
-        traceback = error.__traceback__
+        traceback = traceback_of(error)
         if traceback is not None:
             traceback = traceback.tb_next
         for item in items:
@@ -216,10 +216,10 @@ class _Batch:
             if item.error is None:
                 continue
             for name in item.names:
-                failure = Failure(item.error, item.error.__traceback__)
+                failure = Failure(item.error, traceback_of(item.error))
                 error = cast("Exception", failure.replica())
                 if error is not item.error:  # of a type that can not be replicated
-                    error.add_note(f"key: {name!r}")
+                    error.add_note(f"key: {shown(name)}")
                 failed[name] = error
         return failed
 

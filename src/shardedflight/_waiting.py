@@ -8,14 +8,13 @@ can be repeated when a signal handler has interrupted it.
 """
 
 import asyncio
-import contextlib
 from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 from contextvars import Context
 from threading import get_ident
 from typing import Any, Final, cast
 
-from ._core import End, Execution, Run, Seat
+from ._core import End, Execution, Run, Seat, late
 from ._lock import Bell
 
 __all__ = [
@@ -365,5 +364,7 @@ class _Canary:
 
     def __del__(self) -> None:
         future_makers.pop(self._loop_id, None)
-        with contextlib.suppress(RuntimeError):  # the interpreter is going down
+        try:
             start_new_thread(self._closed, ())
+        except RuntimeError:  # there are too many, or the interpreter is going down
+            late.append((self._closed, ()))

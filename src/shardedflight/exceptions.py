@@ -14,6 +14,14 @@ __all__ = [
 ]
 
 
+def shown(key: object) -> str:
+    """The `repr` of a key, in an error's message that its failure must not replace."""
+    try:
+        return repr(key)
+    except Exception:  # noqa: BLE001 - the key's own, and none of the caller's
+        return f"<{type(key).__name__} whose repr raises>"
+
+
 class FlightError(Exception):
     """Base of the errors of this package."""
 
@@ -86,7 +94,7 @@ class FlightErrorGroup(FlightError, ExceptionGroup[Exception]):
         cls, failed: Mapping[Any, Exception], found: Mapping[Any, tuple[Any, bool]]
     ) -> "FlightErrorGroup":
         """Makes a group of the failed keys' exceptions."""
-        names = ", ".join(repr(key) for key in failed)
+        names = ", ".join(map(shown, failed))
         message = f"{len(failed)} of {len(failed) + len(found)} keys failed: {names}"
         group = super().__new__(cls, message, list(failed.values()))
         group.failed = failed

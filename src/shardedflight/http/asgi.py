@@ -438,7 +438,7 @@ class _Run(TaskRun):
         return self._outlet.send(message) if self._decided else self._send_undecided(message)
 
     async def _send_undecided(self, message: Message) -> None:
-        """The answer may be shared, so followers wait for the rest: no client shall slow it down."""
+        """The answer may be shared, and followers wait for the rest: no client slows it down."""
         outlet = self._outlet
         outlet.post(message)
         if outlet.error is not None and self.rounds.close(self.round):

@@ -284,7 +284,6 @@ class _Run(ThreadRun):
             return self._iterable
         return _Rest(self._unsent, self._iterator, self._iterable)
 
-
     def close(self) -> None:
         """The server will not be given the application's iterable, and so can not close it."""
         _close(self._iterable)

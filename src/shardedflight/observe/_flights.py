@@ -18,7 +18,7 @@ class Flights:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a destructor may come here amid any of these
         #: Changed under the lock.
         self._entries: dict[str, tuple[weakref.ref[ShardedFlight], Observer]] = {}
         self._gone: list[str] = []

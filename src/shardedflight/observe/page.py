@@ -83,7 +83,9 @@ class FlightsPage:
         self._key_length = key_length
         self._limit = limit
         self._flights = Flights()
+        #: By the names of their flights. Changed under the lock, with the flights.
         self._watchers: dict[str, _Watcher] = {}
+        self._lock = threading.RLock()
         try:
             for flight in flights:
                 self.add(flight)
@@ -107,7 +109,8 @@ class FlightsPage:
             made = self._watchers[name] = _Watcher()
             return made
 
-        self._flights.add(flight, name, watcher)
+        with self._lock:
+            self._flights.add(flight, name, watcher)
 
     def remove(self, flight: ShardedFlight) -> None:
         """Shows a flight no more.
@@ -115,7 +118,8 @@ class FlightsPage:
         Raises:
             ValueError: It was not shown.
         """
-        self._watchers.pop(self._flights.remove(flight), None)
+        with self._lock:
+            self._watchers.pop(self._flights.remove(flight), None)
 
     def close(self) -> None:
         """Shows no flight any more, and watches none."""
@@ -156,8 +160,9 @@ class FlightsPage:
 
     def data(self) -> dict[str, Any]:
         """What the page shows, as it is sent: made of dicts, lists, strings and numbers."""
-        for name in self._flights.take_gone():
-            self._watchers.pop(name, None)
+        with self._lock:
+            for name in self._flights.take_gone():
+                self._watchers.pop(name, None)
         return {"flights": [self._data_of(name, flight) for name, flight in self._flights.alive()]}
 
     def _data_of(self, name: str, flight: ShardedFlight) -> dict[str, Any]:
@@ -203,7 +208,8 @@ class _Watcher(Observer):
     """What runs now in one flight."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler may call the flight amid one of these.
+        self._lock = threading.RLock()
         #: Changed under the lock. How many followers each has.
         self._running: dict[ObservedExecution, Started] = {}
         self._followers: dict[ObservedExecution, int] = {}

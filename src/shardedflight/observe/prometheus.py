@@ -10,6 +10,7 @@ happens, by observing. Nobody tells an observer of what is forgotten or refused 
 of an execution that is abandoned before it began: there those are missing.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ class FlightMetrics(Collector):
         if not isinstance(registry, CollectorRegistry):
             raise TypeError(f"registry must be a CollectorRegistry, not {registry!r}")
         self._flights = Flights()
+        #: Held while a flight comes or goes: a new one may have the name of one that is dropped.
+        self._lock = threading.RLock()
         # As prometheus_client has chosen when it was imported.
         self._many_processes: bool = values.ValueClass._multiprocess
         target = registry if self._many_processes else None
@@ -117,8 +120,9 @@ class FlightMetrics(Collector):
             TypeError: `flight` is no flight, or the name no str.
             ValueError: It has no name, or is watched already, or another one of that name is.
         """
-        self._drop_gone()
-        self._flights.add(flight, name, self._observer_of)
+        with self._lock:
+            self._drop_gone()
+            self._flights.add(flight, name, self._observer_of)
 
     def remove(self, flight: ShardedFlight) -> None:
         """Watches a flight no more, and takes it out of the metrics.
@@ -126,7 +130,8 @@ class FlightMetrics(Collector):
         Raises:
             ValueError: It was not watched.
         """
-        self._drop(self._flights.remove(flight))
+        with self._lock:
+            self._drop(self._flights.remove(flight))
 
     def _observer_of(self, name: str) -> Observer:
         execution, wait = self._executions.labels(name), self._waits.labels(name)
@@ -135,8 +140,9 @@ class FlightMetrics(Collector):
         return _Timing(execution, wait)
 
     def _drop_gone(self) -> None:
-        for name in self._flights.take_gone():
-            self._drop(name)
+        with self._lock:
+            for name in self._flights.take_gone():
+                self._drop(name)
 
     def _drop(self, name: str) -> None:
         if not self._many_processes:  # there nothing can be taken out again
