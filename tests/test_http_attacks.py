@@ -51,6 +51,11 @@ class Exchange:
         self.received.put_nowait({"type": "http.disconnect"})
 
 
+def ignored(*_: Any) -> Callable[[bytes], object]:
+    """A `start_response`."""
+    return lambda chunk: None
+
+
 async def answer(send: Any, body: bytes, headers: Any = CACHED, status: int = 200) -> None:
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -156,7 +161,7 @@ def test_so_it_is_for_wsgi(differing: dict[str, str]) -> None:
     for environ in ({"HTTP_HOST": differing.get("HTTP_HOST", "here")}, differing):
         given: dict[str, Any] = {"HTTP_HOST": "here", "SERVER_PORT": "80", **environ}
         setup_testing_defaults(given)
-        calls.append(spawn(middleware, given, lambda *_: None))
+        calls.append(spawn(middleware, given, ignored))
         eventually(lambda: len(runs) + middleware.flight.stats().waiting == len(calls))
     gate.set()
     for call in calls:
@@ -317,7 +322,7 @@ def test_a_replacement_that_has_failed_is_replaced() -> None:
     def ask(who: str) -> Any:
         environ: dict[str, Any] = {"who": who}
         setup_testing_defaults(environ)
-        return spawn(lambda: b"".join(middleware(environ, lambda *_: None)))
+        return spawn(lambda: b"".join(middleware(environ, ignored)))
 
     leader = ask("leader")
     eventually(lambda: runs == ["leader"])
@@ -472,7 +477,7 @@ def test_an_iterable_that_raises_at_once_is_closed(
     environ: dict[str, Any] = {}
     setup_testing_defaults(environ)
     with pytest.raises(error):
-        middleware(environ, lambda *_: None)
+        middleware(environ, ignored)
     assert closed == [True]
 
 
