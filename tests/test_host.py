@@ -1,7 +1,9 @@
 """What is the host tier's own: locks, files, the directory, fork. See test_tiers for the rest."""
 
 import asyncio
+import fcntl
 import gc
+import itertools
 import logging
 import os
 import resource
@@ -310,6 +312,42 @@ def test_a_forget_and_an_end_take_one_name_away(
     forgotten.result(PATIENCE)
     (newest,) = third.join([(b"n" * 20, 0)], True)
     assert [isinstance(newer.result(PATIENCE), Lead), newest.done()].count(True) == 1
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_lead_is_dropped_where_its_thread_has_locked_the_directory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, threads: bool
+) -> None:
+    """The garbage collector comes at any point of a `forget`, which has locked it alone."""
+    backend, other = HostBackend(directory), HostBackend(directory)
+    leads = [led_by(backend)]
+    (forgotten,) = backend.join([(b"f" * 20, 0)], True)
+    forgotten_lead: Any = forgotten.result(PATIENCE)
+    real = host._File.named
+
+    def drop_and_look(file: Any) -> bool:
+        leads.clear()
+        gc.collect()
+        return real(file)
+
+    def no_thread(*_: Any) -> int:
+        raise RuntimeError("can't start new thread")
+
+    if not threads:
+        monkeypatch.setattr(host, "start_new_thread", no_thread)
+    monkeypatch.setattr(host._File, "named", drop_and_look)
+    forgetting = spawn(backend.forget, b"f" * 20)
+    try:
+        forgetting.result(PATIENCE).result(PATIENCE)
+    finally:
+        for fd in [] if forgetting.done() else host._held:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # or this test's failure would hold up whatever follows
+    assert not leads
+    if threads:
+        eventually(lambda: files(directory) == [])
+    other.give_up(led_by(other))
+    assert files(directory) == []
+    backend.give_up(forgotten_lead)
 
 
 def test_a_directory_that_is_removed_takes_no_outcome_away(directory: Path) -> None:

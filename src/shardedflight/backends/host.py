@@ -180,11 +180,22 @@ class _HostLead(Lead):
             _drop(self.file)
 
 
-def _drop(file: _File) -> None:
-    """Ends a lead without an outcome."""
+def _drop(file: _File, lock: int = fcntl.LOCK_SH | fcntl.LOCK_NB) -> None:
+    """Ends a lead without an outcome.
+
+    It may be the garbage collector that does so, at any point, even where this thread has locked
+    the directory alone: then it is another thread that waits for that.
+    """
     file.lost = True
-    with contextlib.suppress(OSError):
-        file.unname()
+    try:
+        file.unname(lock)
+    except BlockingIOError:
+        # With no more threads it keeps its name, as a leader's that was killed.
+        with contextlib.suppress(RuntimeError):
+            start_new_thread(_drop, (file, fcntl.LOCK_SH))
+            return
+    except OSError:
+        pass
     file.close()
 
 
@@ -314,7 +325,7 @@ class HostBackend(Wire):
         return futures
 
     def give_up(self, lead: Lead) -> None:
-        """See `Backend.give_up`. What it does to the directory takes no longer than `stat`."""
+        """See `Backend.give_up`. It does not wait for locks."""
         assert isinstance(lead, _HostLead)
         if lead.end():
             _drop(lead.file)
