@@ -33,7 +33,7 @@ if os.name == "nt":
     pytest.skip("the host tier is for POSIX", allow_module_level=True)
 
 from shardedflight.backends import host
-from shardedflight.backends.host import HostBackend
+from shardedflight.backends.host import HostBackend, _HostTurn
 
 pytestmark = pytest.mark.around
 
@@ -605,6 +605,47 @@ def test_a_last_token_that_is_none_is_passed_over(
     else:
         assert flight.do_future(fencing_token, "k").result(PATIENCE)[0] in range(10**15, 2**64)
     assert flight.stats().fallbacks == 0
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_outcomes_that_can_not_be_read_are_asked_for_three_times(
+    directory: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the function runs for its process, for each of many keys as for one."""
+    backend = HostBackend(directory)
+    flight = ShardedFlight(backend=backend)
+    tokens = itertools.count(1)
+    asked: list[int] = []
+
+    def join(wanted: Any, here: bool) -> list[Turn]:
+        turns = [_HostTurn(backend, name) for name, _ in wanted]
+        for turn, (_, reject) in zip(turns, wanted, strict=True):
+            asked.append(reject)
+            assert len(asked) < 100, "it never ends"
+            assert turn.settle(Sealed(next(tokens), b"another codec's"))
+        return list(turns)
+
+    monkeypatch.setattr(backend, "join", join)
+    keys = ["k", "l"] if "many" in how else ["k"]
+
+    def function(*_: Any) -> Any:
+        return dict.fromkeys(keys, "own") if "many" in how else "own"
+
+    async def coroutine(*_: Any) -> Any:
+        return function()
+
+    called = getattr(flight, how)(
+        coroutine if "async" in how else function, keys if "many" in how else "k"
+    )
+    if how == "do_future":
+        called = called.result(PATIENCE)
+    elif "async" in how:
+        called = asyncio.run(called)
+    own = ("own", False)
+    assert called == (dict.fromkeys(keys, own) if "many" in how else own)
+    assert len(asked) == 3 * len(keys)
+    assert asked.count(0) == len(keys)
+    assert (flight.stats().misses, flight.stats().remote_follows) == (3 * len(keys), 0)
 
 
 @pytest.mark.parametrize("payload", [b"", b"nonsense", b"SF\x01V" + b"x" * 30])

@@ -712,14 +712,14 @@ class Party:
                     settle(member, Outcome(End.LOST))
                     continue
                 won = tier._won(turn)
-                if isinstance(won, Sealed):
+                if isinstance(won, Sealed) and len(self._asked[member]) < ATTEMPTS:
                     self._join([member], [won.token])
                 elif isinstance(won, Outcome):
                     member.shard.share(member.h, member.seat)
                     settle(member, won)
                 else:
                     mine.append(member)
-                    if won is not None:
+                    if isinstance(won, Lead):
                         self._leads[member] = won
                         tier._lead(member.shard, member.h, member.seat, won)
         return mine
