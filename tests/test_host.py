@@ -570,6 +570,97 @@ def test_without_descriptors_the_process_tier_remains(directory: Path) -> None:
     assert flight.stats().fallbacks == 1
 
 
+_AFTER_MAIN = """
+import asyncio, sys, threading
+from shardedflight import ShardedFlight
+from shardedflight.backends.host import HostBackend
+flight = ShardedFlight(backend=HostBackend(sys.argv[1]))
+runs, ended = threading.Event(), threading.main_thread().join
+async def run_until_main_has_ended():
+    runs.set()
+    ended()
+    return "old"
+async def new():
+    return "new"
+async def main():
+    await flight.do_async(new, "the pool has a thread")
+    print(await flight.do_async(run_until_main_has_ended, "k"), flush=True)
+    print(await flight.do_async(new, "k"), flush=True)
+    print(flight.stats().errors, flight.in_flight(), flush=True)
+threading.Thread(target=lambda: asyncio.run(main())).start()
+runs.wait()
+"""
+
+
+def test_an_event_loop_may_outlive_the_main_thread(directory: Path) -> None:
+    """The pools of `concurrent.futures` take no more work then."""
+    said = subprocess.run(
+        [sys.executable, "-c", _AFTER_MAIN, str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert said.stdout.splitlines() == ["('old', False)", "('new', False)", "0 0"], said.stderr
+
+
+@pytest.mark.parametrize("call", range(2))
+def test_a_call_beside_the_close_of_its_backend_is_answered(
+    directory: Path, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool is closed when it has been looked up, by the join or by the end."""
+    backend = HostBackend(directory)
+    flight = ShardedFlight(backend=backend)
+    real = host.without_context
+    calls = itertools.count()
+
+    def close_and_call(*args: Any) -> Any:
+        if next(calls) == call:
+            spawn(backend.close).result(PATIENCE)
+        return real(*args)
+
+    async def value() -> int:
+        return 1
+
+    monkeypatch.setattr(host, "without_context", close_and_call)
+    assert asyncio.run(flight.do_async(value, "k")) == (1, False)
+    assert (flight.stats().remote_leads, flight.stats().fallbacks) == (1, 0)
+    assert files(directory) == []
+
+
+def test_what_a_pool_keeps_that_can_start_no_thread_is_done_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the work in its queue by then, for a thread that it can start later."""
+    backend = HostBackend(directory)
+    flight = ShardedFlight(backend=backend)
+    real = threading.Thread.start
+    threads = False
+    tokens: list[int] = []
+
+    def start(thread: threading.Thread) -> None:
+        if "shardedflight-host" in thread.name and not threads:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    def next_token(asked: HostBackend) -> int:
+        tokens.append(real_token(asked))
+        return tokens[-1]
+
+    async def value() -> int:
+        return 1
+
+    real_token = HostBackend._next_token
+    monkeypatch.setattr(HostBackend, "_next_token", next_token)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert asyncio.run(flight.do_async(value, "k")) == (1, False)
+    threads = True
+    assert asyncio.run(flight.do_async(value, "k")) == (1, False)
+    backend.close()
+    assert len(tokens) == flight.stats().remote_leads == 2
+    assert files(directory) == []
+
+
 def test_what_is_larger_than_the_limit_stays_in_its_process(directory: Path, start: Any) -> None:
     (second,) = start(1)
     flight = ShardedFlight(backend=HostBackend(directory, limit=100), name="workers")

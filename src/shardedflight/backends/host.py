@@ -30,6 +30,7 @@ import weakref
 from _thread import RLock, start_new_thread
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +360,11 @@ class HostBackend(Wire):
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(4, thread_name_prefix="shardedflight-host")
             pool = self._pool
-        without_context(pool.submit, work, *args)
+        jobs: list[Callable[[], None]] = [partial(work, *args)]
+        try:
+            without_context(pool.submit, _run_once, jobs)
+        except RuntimeError:  # closed meanwhile, no more threads, or the main thread has ended
+            _run_once(jobs)
 
     def _path(self, name: bytes) -> str:
         return f"{self.directory}/{name.hex()}"
@@ -558,6 +563,15 @@ class HostBackend(Wire):
                         file.unname()
                 finally:
                     file.close()
+
+
+def _run_once(jobs: list[Callable[[], None]]) -> None:
+    """Runs the only job, if nobody does. A pool that has refused one may have kept it."""
+    try:
+        job = jobs.pop()
+    except IndexError:
+        return
+    job()
 
 
 def _entries(directory: str) -> Iterator[str]:
