@@ -26,6 +26,7 @@ from test_tiers import HOWS, marks, values
 from tier_support import Worker
 
 from shardedflight import BackendError, DeadlockError, FlightErrorGroup, ShardedFlight, coalesce
+from shardedflight._lock import SteadyLock
 from shardedflight._tier import Lead, Sealed, Turn
 from shardedflight.backends import fencing_token
 
@@ -312,6 +313,69 @@ def test_a_forget_and_an_end_take_one_name_away(
     forgotten.result(PATIENCE)
     (newest,) = third.join([(b"n" * 20, 0)], True)
     assert [isinstance(newer.result(PATIENCE), Lead), newest.done()].count(True) == 1
+
+
+def test_the_mark_of_a_forget_goes_to_no_strangers_descriptor(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lead that it is for may end meanwhile: the number of its descriptor is another's then."""
+    #: The end waits for the mark, or has closed the file.
+    decided = threading.Event()
+
+    class Lock(SteadyLock):
+        def __enter__(self) -> bool:
+            if self.acquire(blocking=False):
+                return True
+            decided.set()
+            return super().__enter__()
+
+    monkeypatch.setattr(host, "SteadyLock", Lock)
+    backend = HostBackend(directory)
+    lead: Any = led_by(backend)
+    fd = lead.file.fd
+    strangers: list[int] = []
+    ends: list[Any] = []
+    real_write, real_close = os.write, os.close
+
+    def close(closed: int) -> None:
+        real_close(closed)
+        if closed == fd and not strangers:
+            strangers.append(os.open(tmp_path / "stranger", os.O_RDWR | os.O_CREAT))
+            decided.set()
+
+    def write(to: int, data: bytes) -> int:
+        if data == host._FORGOTTEN:
+            ends.append(spawn(backend.finish, [(lead, b"outcome")], True))
+            assert decided.wait(PATIENCE)
+        return real_write(to, data)
+
+    monkeypatch.setattr(os, "close", close)
+    monkeypatch.setattr(os, "write", write)
+    backend.forget(b"n" * 20, lead).result(PATIENCE)
+    (end,) = ends
+    assert [done.result(PATIENCE) for done in end.result(PATIENCE)] == [0]
+    monkeypatch.undo()
+    assert (tmp_path / "stranger").read_bytes() == b""
+    os.close(*strangers)
+
+
+def test_a_forget_that_finds_its_lead_ended_marks_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken the name away, and the end has closed the file by then."""
+    backend = HostBackend(directory)
+    lead: Any = led_by(backend)
+    real = host._File.unname
+
+    def unname_and_end(file: Any, *lock: int) -> bool:
+        unnamed = real(file, *lock)
+        if file is lead.file and lock:
+            assert spawn(backend.finish, [(lead, b"outcome")], True).result(PATIENCE)[0].done()
+            assert not file.ours()
+        return unnamed
+
+    monkeypatch.setattr(host._File, "unname", unname_and_end)
+    backend.forget(b"n" * 20, lead).result(PATIENCE)
 
 
 @pytest.mark.parametrize("threads", [True, False])

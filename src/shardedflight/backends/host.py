@@ -69,10 +69,13 @@ _backends: "weakref.WeakSet[HostBackend]" = weakref.WeakSet()
 class _File:
     """An open file of a key, and what tells it from a later one of the same name."""
 
-    __slots__ = ("_identity", "_owner", "fd", "lost", "path")
+    __slots__ = ("_closing", "_identity", "_owner", "fd", "lost", "path")
 
     def __init__(self, path: str, flags: int = os.O_RDWR | os.O_CREAT | os.O_APPEND) -> None:
         self.path = path
+        #: Held where `fd` is used by another thread than its leader's, and where it is taken away:
+        #: once that is closed, its number may be a stranger's.
+        self._closing = SteadyLock()
         with _forking:
             self.fd = os.open(path, os.O_NOFOLLOW | flags, 0o600)
             _held.add(self.fd)
@@ -98,7 +101,8 @@ class _File:
 
     def read(self) -> tuple[set[bytes], bytes]:
         """The marks that were not taken back, and what follows the marks."""
-        data = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+        with self._closing:
+            data = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
         marks: set[bytes] = set()
         start = 0
         while data.startswith(_MARK, start):
@@ -113,7 +117,9 @@ class _File:
     def forget(self) -> None:
         """Others shall not find it any more, and who has found it shall know why."""
         if self.unname(fcntl.LOCK_EX):  # first: what can be found is not forgotten
-            os.write(self.fd, _FORGOTTEN)
+            with self._closing:
+                if self.ours():
+                    os.write(self.fd, _FORGOTTEN)
 
     def over(self) -> bool:
         """Whether it was forgotten, or has an outcome."""
@@ -142,8 +148,11 @@ class _File:
 
     def close(self, unlock: bool = True) -> None:
         """Closes it, once, and in the process that has opened it."""
-        fd, self.fd = self.fd, -1
-        if fd < 0 or self._owner != os.getpid():
+        if self._owner != os.getpid():  # a thread that is gone may have the lock
+            return
+        with self._closing:
+            fd, self.fd = self.fd, -1
+        if fd < 0:
             return
         if unlock:  # a child that is being forked may have the descriptor for a moment more
             with contextlib.suppress(OSError):
