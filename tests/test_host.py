@@ -850,6 +850,26 @@ def test_a_value_that_would_change_is_an_error_at_once(directory: Path) -> None:
     assert files(directory) == []
 
 
+def test_a_value_is_refused_even_if_the_error_is_larger_than_the_limit(directory: Path) -> None:
+    """Of several keys, only the one whose value would change fails."""
+    flight = ShardedFlight(backend=HostBackend(directory, limit=100))
+    with pytest.raises(TypeError, match="type=") as refused:
+        flight.do(lambda: (1, 2), "k")
+    assert type(refused.value) is TypeError
+
+    async def pair() -> Any:
+        return (1, 2)
+
+    with pytest.raises(TypeError, match="type="):
+        asyncio.run(flight.do_async(pair, "k"))
+    with pytest.raises(FlightErrorGroup, match="1 of 2 keys failed") as caught:
+        flight.do_many(lambda keys: {"k": (1, 2), "l": 3}, ["k", "l"])
+    assert caught.value.found == {"l": (3, False)}
+    assert [type(error) for error in caught.value.exceptions] == [TypeError]
+    assert flight.stats().fallbacks == 3
+    assert files(directory) == []
+
+
 @pytest.mark.parametrize("how", ["do", "do_future", "do_many", "do_async"])
 def test_a_key_that_can_not_leave_is_an_error_before_anything_runs(
     directory: Path, how: str

@@ -454,13 +454,19 @@ class Tier:
         return followers
 
     def _seal(self, outcome: Outcome) -> tuple[bytes, Exception | None]:
+        """Seals an outcome. Returns the error, too, if its value is refused."""
         try:
-            return self.backend.seal(outcome), None
+            return self._seal_or_keep(outcome), None
+        except Exception as error:
+            return self._seal_or_keep(Outcome(End.ERROR, error)), error
+
+    def _seal_or_keep(self, outcome: Outcome) -> bytes:
+        """Seals an outcome; of one that is too large, that it can not be handed over."""
+        try:
+            return self.backend.seal(outcome)
         except TooLargeError as error:
             self.complain("fallbacks", error)
-            return self.backend.seal(Outcome(End.LOST)), None
-        except Exception as error:
-            return self.backend.seal(Outcome(End.ERROR, error)), error
+            return self.backend.seal(Outcome(End.LOST))
 
     def _ended(self, lead: Lead, done: "Future[int]") -> int:
         lead.ended = True
