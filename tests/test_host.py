@@ -15,7 +15,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,70 @@ def test_a_forget_that_finds_its_lead_ended_marks_nothing(
     backend.forget(b"n" * 20, lead).result(PATIENCE)
 
 
+def not_for_ever(call: "Future[Any]") -> Any:
+    """The call's result. If it waits for itself, nothing that follows waits for it."""
+    try:
+        return call.result(PATIENCE)
+    finally:
+        for fd in [] if call.done() else host._held:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+@pytest.mark.parametrize("inner", ["do", "forget"])
+@pytest.mark.parametrize("amid", ["token", "end", "forget"])
+def test_a_signal_handler_does_not_wait_for_the_thread_that_it_interrupts(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, amid: str, inner: str
+) -> None:
+    """It may come where its thread has locked the directory, or the last token. What it can not
+    have then is counted; and what it forgets is forgotten when its thread has gone on."""
+    flight = ShardedFlight(backend=HostBackend(directory))
+    elsewhere = HostBackend(directory)
+    keys = ["other"] if inner == "forget" else []
+    keys += ["k"] if amid == "forget" else []
+    led = {elsewhere.name(None, (key,)): key for key in keys}
+    turns = elsewhere.join([(name, 0) for name in led], True)
+    leads = [turn.result(PATIENCE) for turn in turns]
+    answers: list[Any] = []
+    real_pread, real_unlink = os.pread, os.unlink
+
+    def handler() -> None:
+        monkeypatch.setattr(os, "pread", real_pread)
+        monkeypatch.setattr(os, "unlink", real_unlink)
+        answers.append(
+            flight.do(lambda: "inner", "other") if inner == "do" else flight.forget("other")
+        )
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        if size == 32:
+            handler()
+        return real_pread(fd, size, offset)
+
+    def unlink(path: str) -> None:
+        handler()
+        real_unlink(path)
+
+    if amid == "token":
+        monkeypatch.setattr(os, "pread", pread)
+    else:
+        monkeypatch.setattr(os, "unlink", unlink)
+    if amid == "forget":
+        not_for_ever(spawn(flight.forget, "k"))
+    else:
+        assert not_for_ever(spawn(flight.do, lambda: "outer", "k")) == ("outer", False)
+    assert answers == [("inner", False) if inner == "do" else None]
+    waits = (amid, inner) not in {("token", "forget"), ("end", "do")}
+    assert flight.stats().fallbacks == (1 if waits else 0)
+    for name in led:
+        eventually(partial(gone, directory, name))
+    for lead in leads:
+        assert isinstance(lead, Lead)
+        elsewhere.give_up(lead)
+
+
+def gone(directory: Path, name: bytes) -> bool:
+    return not (directory / name.hex()).exists()
+
+
 @pytest.mark.parametrize("threads", [True, False])
 def test_a_lead_is_dropped_where_its_thread_has_locked_the_directory(
     directory: Path, monkeypatch: pytest.MonkeyPatch, threads: bool
@@ -401,11 +466,7 @@ def test_a_lead_is_dropped_where_its_thread_has_locked_the_directory(
         monkeypatch.setattr(host, "start_new_thread", no_thread)
     monkeypatch.setattr(host._File, "named", drop_and_look)
     forgetting = spawn(backend.forget, b"f" * 20)
-    try:
-        forgetting.result(PATIENCE).result(PATIENCE)
-    finally:
-        for fd in [] if forgetting.done() else host._held:
-            fcntl.flock(fd, fcntl.LOCK_UN)  # or this test's failure would hold up whatever follows
+    not_for_ever(forgetting).result(PATIENCE)
     assert not leads
     if threads:
         eventually(lambda: files(directory) == [])

@@ -66,10 +66,20 @@ _forking = RLock()
 _backends: "weakref.WeakSet[HostBackend]" = weakref.WeakSet()
 
 
+class _Mine(threading.local):
+    """What this thread has locked for a moment. What is closed counts no more."""
+
+    def __init__(self) -> None:
+        self.locked: list[_File] = []
+
+
+_mine = _Mine()
+
+
 class _File:
     """An open file of a key, and what tells it from a later one of the same name."""
 
-    __slots__ = ("_closing", "_identity", "_owner", "fd", "lost", "path")
+    __slots__ = ("_closing", "_identity", "_lock", "_owner", "fd", "lost", "path")
 
     def __init__(self, path: str, flags: int = os.O_RDWR | os.O_CREAT | os.O_APPEND) -> None:
         self.path = path
@@ -81,6 +91,8 @@ class _File:
             _held.add(self.fd)
         self._owner = os.getpid()
         self._identity = _identity(os.fstat(self.fd))
+        #: How it was locked by `lock`.
+        self._lock = fcntl.LOCK_UN
         #: Its leader, of this process, has ended without an outcome.
         self.lost = False
 
@@ -91,6 +103,23 @@ class _File:
         except BlockingIOError:
             return False
         return True
+
+    def lock(self, lock: int) -> None:
+        """Locks it for a moment, until it is closed.
+
+        Raises:
+            OSError: This thread has done so already, and runs a signal handler or a destructor in
+                the midst of that: it would wait for itself, and all other processes with it.
+        """
+        mine = _mine.locked
+        mine[:] = [file for file in mine if file.ours()]
+        if not lock & fcntl.LOCK_NB and any(
+            file.path == self.path and (file._lock | lock) & fcntl.LOCK_EX for file in mine
+        ):
+            raise OSError(errno.EDEADLK, os.strerror(errno.EDEADLK), self.path)
+        self._lock = lock
+        mine.append(self)
+        fcntl.flock(self.fd, lock)
 
     def named(self) -> bool:
         """Whether the file still has its name, so that others find it."""
@@ -136,7 +165,7 @@ class _File:
         try:
             directory = _File(self.path.rpartition("/")[0], os.O_RDONLY)
             try:
-                fcntl.flock(directory.fd, lock)
+                directory.lock(lock)
                 if not self.named():
                     return False
                 os.unlink(self.path)
@@ -356,6 +385,9 @@ class HostBackend(Wire):
         except FileNotFoundError:
             done.set_result(None)
         except OSError as error:
+            if error.errno == errno.EDEADLK:  # it is done as soon as it can be, and not in time
+                with contextlib.suppress(RuntimeError):
+                    start_new_thread(self.forget, (name, lead))
             done.set_exception(_unusable(error))
         else:
             done.set_result(None)
@@ -425,7 +457,7 @@ class HostBackend(Wire):
         """
         file = _File(f"{self.directory}/token", os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(file.fd, fcntl.LOCK_EX)
+            file.lock(fcntl.LOCK_EX)
             last = os.pread(file.fd, 32, 0)
             # What is no number of 64 bits was left by a crash, or by somebody else.
             known = last.isdigit() and int(last) < 1 << 63
@@ -623,7 +655,7 @@ def _checked(directory: "str | os.PathLike[str]") -> str:
             )
         probe = _File(f"{path}/token")
         try:
-            fcntl.flock(probe.fd, fcntl.LOCK_SH)
+            probe.lock(fcntl.LOCK_SH)
         finally:
             probe.close()
     except OSError as error:
