@@ -96,6 +96,46 @@ def test_an_outcome_that_is_on_its_way_is_not_joined_after_a_forget(
     assert follower.result(PATIENCE) == ("old", True)
 
 
+@pytest.mark.parametrize("forgets", [False, True])
+def test_an_end_that_is_on_its_way_is_not_counted_as_forgotten(
+    directory: Path, forgets: bool
+) -> None:
+    """Who comes then begins anew, for the backend would not have found it for a forget."""
+    backend, elsewhere = HostBackend(directory), HostBackend(directory)
+    flight = ShardedFlight(backend=backend)
+    real = backend.finish
+
+    async def value() -> int:
+        if forgets and backend.finish != real:
+            elsewhere.forget(backend.name(None, ("k",)))
+        return 1
+
+    async def call() -> None:
+        told: list[Future[int]] = []
+
+        def finish(*ended: Any) -> Any:
+            (done,) = real(*ended)
+            followers = done.result(PATIENCE)
+            backend.finish = real  # type: ignore[method-assign]
+            told.append(Future())
+            second.add_done_callback(lambda _: told[0].set_result(followers))
+            go.set()
+            return told
+
+        async def begin_anew() -> Any:
+            await go.wait()
+            return await flight.do_async(value, "k")
+
+        go = asyncio.Event()
+        second = asyncio.ensure_future(begin_anew())
+        backend.finish = finish  # type: ignore[method-assign]
+        assert await flight.do_async(value, "k") == (1, False)
+        assert await second == (1, False)
+
+    asyncio.run(call())
+    assert (flight.stats().executions, flight.stats().forgotten) == (2, 1 if forgets else 0)
+
+
 def hold(
     monkeypatch: pytest.MonkeyPatch, where: type, method: str, times: int = 1
 ) -> tuple[threading.Event, threading.Event]:

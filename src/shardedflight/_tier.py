@@ -131,6 +131,10 @@ class Turn(Future["Lead | Sealed"]):
         """Whether no process has forgotten the execution. Called on any thread; does not block."""
         raise NotImplementedError
 
+    def was_forgotten(self) -> bool:
+        """Of one that is not joinable: whether that is by a forget, which is counted."""
+        return True
+
     def lead(self) -> Lead | None:
         """What this process leads by now."""
         if not self.done() or self.cancelled() or self.exception() is not None:
@@ -249,7 +253,7 @@ class Tier:
         name = self.name(key)
         for seat, turns in self._known(shard, h, name):
             if turns and not turns[-1].joinable():
-                shard.pass_over(h, seat, forgotten=True)
+                shard.pass_over(h, seat, forgotten=turns[-1].was_forgotten())
 
     def forget(self, shard: Shard, h: int, key: Any) -> None:
         """Forgets the key's execution in all processes. In this one it is forgotten already.

@@ -79,7 +79,7 @@ _mine = _Mine()
 class _File:
     """An open file of a key, and what tells it from a later one of the same name."""
 
-    __slots__ = ("_closing", "_identity", "_lock", "_owner", "fd", "lost", "path")
+    __slots__ = ("_closing", "_identity", "_lock", "_owner", "fd", "forgotten", "lost", "path")
 
     def __init__(self, path: str, flags: int = os.O_RDWR | os.O_CREAT | os.O_APPEND) -> None:
         self.path = path
@@ -93,6 +93,8 @@ class _File:
         self._identity = _identity(os.fstat(self.fd))
         #: How it was locked by `lock`.
         self._lock = fcntl.LOCK_UN
+        #: Whether there was the mark of a forget when it was read last.
+        self.forgotten = False
         #: Its leader, of this process, has ended without an outcome.
         self.lost = False
 
@@ -141,6 +143,7 @@ class _File:
             else:
                 marks.add(mark)
             start += _MARK_SIZE
+        self.forgotten = _FORGOTTEN in marks
         return marks, data[start:]
 
     def forget(self) -> None:
@@ -275,6 +278,11 @@ class _HostTurn(Turn):
         except OSError:  # closed meanwhile
             joinable = False
         return joinable or self.file is not file
+
+    def was_forgotten(self) -> bool:
+        # What has ended by itself is not joined, for a forget would not have found it.
+        file = self.file
+        return file is not None and file.forgotten
 
 
 class _Watch:
