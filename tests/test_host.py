@@ -1,7 +1,9 @@
 """What is the host tier's own: locks, files, the directory, fork. See test_tiers for the rest."""
 
 import asyncio
+import fcntl
 import gc
+import itertools
 import logging
 import os
 import resource
@@ -13,7 +15,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from test_tiers import HOWS, marks, values
 from tier_support import Worker
 
 from shardedflight import BackendError, DeadlockError, FlightErrorGroup, ShardedFlight, coalesce
+from shardedflight._lock import SteadyLock
 from shardedflight._tier import Lead, Sealed, Turn
 from shardedflight.backends import fencing_token
 
@@ -31,7 +35,7 @@ if os.name == "nt":
     pytest.skip("the host tier is for POSIX", allow_module_level=True)
 
 from shardedflight.backends import host
-from shardedflight.backends.host import HostBackend
+from shardedflight.backends.host import HostBackend, _HostTurn
 
 pytestmark = pytest.mark.around
 
@@ -90,6 +94,46 @@ def test_an_outcome_that_is_on_its_way_is_not_joined_after_a_forget(
     finally:
         tell.set()
     assert follower.result(PATIENCE) == ("old", True)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_an_end_that_is_on_its_way_is_not_counted_as_forgotten(
+    directory: Path, forgets: bool
+) -> None:
+    """Who comes then begins anew, for the backend would not have found it for a forget."""
+    backend, elsewhere = HostBackend(directory), HostBackend(directory)
+    flight = ShardedFlight(backend=backend)
+    real = backend.finish
+
+    async def value() -> int:
+        if forgets and backend.finish != real:
+            elsewhere.forget(backend.name(None, ("k",)))
+        return 1
+
+    async def call() -> None:
+        told: list[Future[int]] = []
+
+        def finish(*ended: Any) -> Any:
+            (done,) = real(*ended)
+            followers = done.result(PATIENCE)
+            backend.finish = real  # type: ignore[method-assign]
+            told.append(Future())
+            second.add_done_callback(lambda _: told[0].set_result(followers))
+            go.set()
+            return told
+
+        async def begin_anew() -> Any:
+            await go.wait()
+            return await flight.do_async(value, "k")
+
+        go = asyncio.Event()
+        second = asyncio.ensure_future(begin_anew())
+        backend.finish = finish  # type: ignore[method-assign]
+        assert await flight.do_async(value, "k") == (1, False)
+        assert await second == (1, False)
+
+    asyncio.run(call())
+    assert (flight.stats().executions, flight.stats().forgotten) == (2, 1 if forgets else 0)
 
 
 def hold(
@@ -312,6 +356,165 @@ def test_a_forget_and_an_end_take_one_name_away(
     assert [isinstance(newer.result(PATIENCE), Lead), newest.done()].count(True) == 1
 
 
+def test_the_mark_of_a_forget_goes_to_no_strangers_descriptor(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lead that it is for may end meanwhile: the number of its descriptor is another's then."""
+    #: The end waits for the mark, or has closed the file.
+    decided = threading.Event()
+
+    class Lock(SteadyLock):
+        def __enter__(self) -> bool:
+            if self.acquire(blocking=False):
+                return True
+            decided.set()
+            return super().__enter__()
+
+    monkeypatch.setattr(host, "SteadyLock", Lock)
+    backend = HostBackend(directory)
+    lead: Any = led_by(backend)
+    fd = lead.file.fd
+    strangers: list[int] = []
+    ends: list[Any] = []
+    real_write, real_close = os.write, os.close
+
+    def close(closed: int) -> None:
+        real_close(closed)
+        if closed == fd and not strangers:
+            strangers.append(os.open(tmp_path / "stranger", os.O_RDWR | os.O_CREAT))
+            decided.set()
+
+    def write(to: int, data: bytes) -> int:
+        if data == host._FORGOTTEN:
+            ends.append(spawn(backend.finish, [(lead, b"outcome")], True))
+            assert decided.wait(PATIENCE)
+        return real_write(to, data)
+
+    monkeypatch.setattr(os, "close", close)
+    monkeypatch.setattr(os, "write", write)
+    backend.forget(b"n" * 20, lead).result(PATIENCE)
+    (end,) = ends
+    assert [done.result(PATIENCE) for done in end.result(PATIENCE)] == [0]
+    monkeypatch.undo()
+    assert (tmp_path / "stranger").read_bytes() == b""
+    os.close(*strangers)
+
+
+def test_a_forget_that_finds_its_lead_ended_marks_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken the name away, and the end has closed the file by then."""
+    backend = HostBackend(directory)
+    lead: Any = led_by(backend)
+    real = host._File.unname
+
+    def unname_and_end(file: Any, *lock: int) -> bool:
+        unnamed = real(file, *lock)
+        if file is lead.file and lock:
+            assert spawn(backend.finish, [(lead, b"outcome")], True).result(PATIENCE)[0].done()
+            assert not file.ours()
+        return unnamed
+
+    monkeypatch.setattr(host._File, "unname", unname_and_end)
+    backend.forget(b"n" * 20, lead).result(PATIENCE)
+
+
+def not_for_ever(call: "Future[Any]") -> Any:
+    """The call's result. If it waits for itself, nothing that follows waits for it."""
+    try:
+        return call.result(PATIENCE)
+    finally:
+        for fd in [] if call.done() else host._held:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+@pytest.mark.parametrize("inner", ["do", "forget"])
+@pytest.mark.parametrize("amid", ["token", "end", "forget"])
+def test_a_signal_handler_does_not_wait_for_the_thread_that_it_interrupts(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, amid: str, inner: str
+) -> None:
+    """It may come where its thread has locked the directory, or the last token. What it can not
+    have then is counted; and what it forgets is forgotten when its thread has gone on."""
+    flight = ShardedFlight(backend=HostBackend(directory))
+    elsewhere = HostBackend(directory)
+    keys = ["other"] if inner == "forget" else []
+    keys += ["k"] if amid == "forget" else []
+    led = {elsewhere.name(None, (key,)): key for key in keys}
+    turns = elsewhere.join([(name, 0) for name in led], True)
+    leads = [turn.result(PATIENCE) for turn in turns]
+    answers: list[Any] = []
+    real_pread, real_unlink = os.pread, os.unlink
+
+    def handler() -> None:
+        monkeypatch.setattr(os, "pread", real_pread)
+        monkeypatch.setattr(os, "unlink", real_unlink)
+        answers.append(
+            flight.do(lambda: "inner", "other") if inner == "do" else flight.forget("other")
+        )
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        if size == 32:
+            handler()
+        return real_pread(fd, size, offset)
+
+    def unlink(path: str) -> None:
+        handler()
+        real_unlink(path)
+
+    if amid == "token":
+        monkeypatch.setattr(os, "pread", pread)
+    else:
+        monkeypatch.setattr(os, "unlink", unlink)
+    if amid == "forget":
+        not_for_ever(spawn(flight.forget, "k"))
+    else:
+        assert not_for_ever(spawn(flight.do, lambda: "outer", "k")) == ("outer", False)
+    assert answers == [("inner", False) if inner == "do" else None]
+    waits = (amid, inner) not in {("token", "forget"), ("end", "do")}
+    assert flight.stats().fallbacks == (1 if waits else 0)
+    for name in led:
+        eventually(partial(gone, directory, name))
+    for lead in leads:
+        assert isinstance(lead, Lead)
+        elsewhere.give_up(lead)
+
+
+def gone(directory: Path, name: bytes) -> bool:
+    return not (directory / name.hex()).exists()
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_lead_is_dropped_where_its_thread_has_locked_the_directory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, threads: bool
+) -> None:
+    """The garbage collector comes at any point of a `forget`, which has locked it alone."""
+    backend, other = HostBackend(directory), HostBackend(directory)
+    leads = [led_by(backend)]
+    (forgotten,) = backend.join([(b"f" * 20, 0)], True)
+    forgotten_lead: Any = forgotten.result(PATIENCE)
+    real = host._File.named
+
+    def drop_and_look(file: Any) -> bool:
+        leads.clear()
+        gc.collect()
+        return real(file)
+
+    def no_thread(*_: Any) -> int:
+        raise RuntimeError("can't start new thread")
+
+    if not threads:
+        monkeypatch.setattr(host, "start_new_thread", no_thread)
+    monkeypatch.setattr(host._File, "named", drop_and_look)
+    forgetting = spawn(backend.forget, b"f" * 20)
+    not_for_ever(forgetting).result(PATIENCE)
+    assert not leads
+    if threads:
+        eventually(lambda: files(directory) == [])
+    other.give_up(led_by(other))
+    assert files(directory) == []
+    backend.give_up(forgotten_lead)
+
+
 def test_a_directory_that_is_removed_takes_no_outcome_away(directory: Path) -> None:
     """Something may clear up there: who has met by then is served all the same."""
     first, second = HostBackend(directory), HostBackend(directory)
@@ -532,6 +735,97 @@ def test_without_descriptors_the_process_tier_remains(directory: Path) -> None:
     assert flight.stats().fallbacks == 1
 
 
+_AFTER_MAIN = """
+import asyncio, sys, threading
+from shardedflight import ShardedFlight
+from shardedflight.backends.host import HostBackend
+flight = ShardedFlight(backend=HostBackend(sys.argv[1]))
+runs, ended = threading.Event(), threading.main_thread().join
+async def run_until_main_has_ended():
+    runs.set()
+    ended()
+    return "old"
+async def new():
+    return "new"
+async def main():
+    await flight.do_async(new, "the pool has a thread")
+    print(await flight.do_async(run_until_main_has_ended, "k"), flush=True)
+    print(await flight.do_async(new, "k"), flush=True)
+    print(flight.stats().errors, flight.in_flight(), flush=True)
+threading.Thread(target=lambda: asyncio.run(main())).start()
+runs.wait()
+"""
+
+
+def test_an_event_loop_may_outlive_the_main_thread(directory: Path) -> None:
+    """The pools of `concurrent.futures` take no more work then."""
+    said = subprocess.run(
+        [sys.executable, "-c", _AFTER_MAIN, str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert said.stdout.splitlines() == ["('old', False)", "('new', False)", "0 0"], said.stderr
+
+
+@pytest.mark.parametrize("call", range(2))
+def test_a_call_beside_the_close_of_its_backend_is_answered(
+    directory: Path, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool is closed when it has been looked up, by the join or by the end."""
+    backend = HostBackend(directory)
+    flight = ShardedFlight(backend=backend)
+    real = host.without_context
+    calls = itertools.count()
+
+    def close_and_call(*args: Any) -> Any:
+        if next(calls) == call:
+            spawn(backend.close).result(PATIENCE)
+        return real(*args)
+
+    async def value() -> int:
+        return 1
+
+    monkeypatch.setattr(host, "without_context", close_and_call)
+    assert asyncio.run(flight.do_async(value, "k")) == (1, False)
+    assert (flight.stats().remote_leads, flight.stats().fallbacks) == (1, 0)
+    assert files(directory) == []
+
+
+def test_what_a_pool_keeps_that_can_start_no_thread_is_done_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the work in its queue by then, for a thread that it can start later."""
+    backend = HostBackend(directory)
+    flight = ShardedFlight(backend=backend)
+    real = threading.Thread.start
+    threads = False
+    tokens: list[int] = []
+
+    def start(thread: threading.Thread) -> None:
+        if "shardedflight-host" in thread.name and not threads:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    def next_token(asked: HostBackend) -> int:
+        tokens.append(real_token(asked))
+        return tokens[-1]
+
+    async def value() -> int:
+        return 1
+
+    real_token = HostBackend._next_token
+    monkeypatch.setattr(HostBackend, "_next_token", next_token)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert asyncio.run(flight.do_async(value, "k")) == (1, False)
+    threads = True
+    assert asyncio.run(flight.do_async(value, "k")) == (1, False)
+    backend.close()
+    assert len(tokens) == flight.stats().remote_leads == 2
+    assert files(directory) == []
+
+
 def test_what_is_larger_than_the_limit_stays_in_its_process(directory: Path, start: Any) -> None:
     (second,) = start(1)
     flight = ShardedFlight(backend=HostBackend(directory, limit=100), name="workers")
@@ -567,6 +861,47 @@ def test_a_last_token_that_is_none_is_passed_over(
     else:
         assert flight.do_future(fencing_token, "k").result(PATIENCE)[0] in range(10**15, 2**64)
     assert flight.stats().fallbacks == 0
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_outcomes_that_can_not_be_read_are_asked_for_three_times(
+    directory: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the function runs for its process, for each of many keys as for one."""
+    backend = HostBackend(directory)
+    flight = ShardedFlight(backend=backend)
+    tokens = itertools.count(1)
+    asked: list[int] = []
+
+    def join(wanted: Any, here: bool) -> list[Turn]:
+        turns = [_HostTurn(backend, name) for name, _ in wanted]
+        for turn, (_, reject) in zip(turns, wanted, strict=True):
+            asked.append(reject)
+            assert len(asked) < 100, "it never ends"
+            assert turn.settle(Sealed(next(tokens), b"another codec's"))
+        return list(turns)
+
+    monkeypatch.setattr(backend, "join", join)
+    keys = ["k", "l"] if "many" in how else ["k"]
+
+    def function(*_: Any) -> Any:
+        return dict.fromkeys(keys, "own") if "many" in how else "own"
+
+    async def coroutine(*_: Any) -> Any:
+        return function()
+
+    called = getattr(flight, how)(
+        coroutine if "async" in how else function, keys if "many" in how else "k"
+    )
+    if how == "do_future":
+        called = called.result(PATIENCE)
+    elif "async" in how:
+        called = asyncio.run(called)
+    own = ("own", False)
+    assert called == (dict.fromkeys(keys, own) if "many" in how else own)
+    assert len(asked) == 3 * len(keys)
+    assert asked.count(0) == len(keys)
+    assert (flight.stats().misses, flight.stats().remote_follows) == (3 * len(keys), 0)
 
 
 @pytest.mark.parametrize("payload", [b"", b"nonsense", b"SF\x01V" + b"x" * 30])
@@ -613,6 +948,26 @@ def test_a_value_that_would_change_is_an_error_at_once(directory: Path) -> None:
         flight.do_many(lambda keys: {"k": (1, 2), "l": 3}, ["k", "l"])
     assert caught.value.found == {"l": (3, False)}
     assert flight.in_flight() == 0
+    assert files(directory) == []
+
+
+def test_a_value_is_refused_even_if_the_error_is_larger_than_the_limit(directory: Path) -> None:
+    """Of several keys, only the one whose value would change fails."""
+    flight = ShardedFlight(backend=HostBackend(directory, limit=100))
+    with pytest.raises(TypeError, match="type=") as refused:
+        flight.do(lambda: (1, 2), "k")
+    assert type(refused.value) is TypeError
+
+    async def pair() -> Any:
+        return (1, 2)
+
+    with pytest.raises(TypeError, match="type="):
+        asyncio.run(flight.do_async(pair, "k"))
+    with pytest.raises(FlightErrorGroup, match="1 of 2 keys failed") as caught:
+        flight.do_many(lambda keys: {"k": (1, 2), "l": 3}, ["k", "l"])
+    assert caught.value.found == {"l": (3, False)}
+    assert [type(error) for error in caught.value.exceptions] == [TypeError]
+    assert flight.stats().fallbacks == 3
     assert files(directory) == []
 
 

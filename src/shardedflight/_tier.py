@@ -131,6 +131,10 @@ class Turn(Future["Lead | Sealed"]):
         """Whether no process has forgotten the execution. Called on any thread; does not block."""
         raise NotImplementedError
 
+    def was_forgotten(self) -> bool:
+        """Of one that is not joinable: whether that is by a forget, which is counted."""
+        return True
+
     def lead(self) -> Lead | None:
         """What this process leads by now."""
         if not self.done() or self.cancelled() or self.exception() is not None:
@@ -249,7 +253,7 @@ class Tier:
         name = self.name(key)
         for seat, turns in self._known(shard, h, name):
             if turns and not turns[-1].joinable():
-                shard.pass_over(h, seat, forgotten=True)
+                shard.pass_over(h, seat, forgotten=turns[-1].was_forgotten())
 
     def forget(self, shard: Shard, h: int, key: Any) -> None:
         """Forgets the key's execution in all processes. In this one it is forgotten already.
@@ -454,13 +458,19 @@ class Tier:
         return followers
 
     def _seal(self, outcome: Outcome) -> tuple[bytes, Exception | None]:
+        """Seals an outcome. Returns the error, too, if its value is refused."""
         try:
-            return self.backend.seal(outcome), None
+            return self._seal_or_keep(outcome), None
+        except Exception as error:
+            return self._seal_or_keep(Outcome(End.ERROR, error)), error
+
+    def _seal_or_keep(self, outcome: Outcome) -> bytes:
+        """Seals an outcome; of one that is too large, that it can not be handed over."""
+        try:
+            return self.backend.seal(outcome)
         except TooLargeError as error:
             self.complain("fallbacks", error)
-            return self.backend.seal(Outcome(End.LOST)), None
-        except Exception as error:
-            return self.backend.seal(Outcome(End.ERROR, error)), error
+            return self.backend.seal(Outcome(End.LOST))
 
     def _ended(self, lead: Lead, done: "Future[int]") -> int:
         lead.ended = True
@@ -712,14 +722,14 @@ class Party:
                     settle(member, Outcome(End.LOST))
                     continue
                 won = tier._won(turn)
-                if isinstance(won, Sealed):
+                if isinstance(won, Sealed) and len(self._asked[member]) < ATTEMPTS:
                     self._join([member], [won.token])
                 elif isinstance(won, Outcome):
                     member.shard.share(member.h, member.seat)
                     settle(member, won)
                 else:
                     mine.append(member)
-                    if won is not None:
+                    if isinstance(won, Lead):
                         self._leads[member] = won
                         tier._lead(member.shard, member.h, member.seat, won)
         return mine

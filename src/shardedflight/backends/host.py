@@ -30,6 +30,7 @@ import weakref
 from _thread import RLock, start_new_thread
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,35 @@ _forking = RLock()
 _backends: "weakref.WeakSet[HostBackend]" = weakref.WeakSet()
 
 
+class _Mine(threading.local):
+    """What this thread has locked for a moment. What is closed counts no more."""
+
+    def __init__(self) -> None:
+        self.locked: list[_File] = []
+
+
+_mine = _Mine()
+
+
 class _File:
     """An open file of a key, and what tells it from a later one of the same name."""
 
-    __slots__ = ("_identity", "_owner", "fd", "lost", "path")
+    __slots__ = ("_closing", "_identity", "_lock", "_owner", "fd", "forgotten", "lost", "path")
 
     def __init__(self, path: str, flags: int = os.O_RDWR | os.O_CREAT | os.O_APPEND) -> None:
         self.path = path
+        #: Held where `fd` is used by another thread than its leader's, and where it is taken away:
+        #: once that is closed, its number may be a stranger's.
+        self._closing = SteadyLock()
         with _forking:
             self.fd = os.open(path, os.O_NOFOLLOW | flags, 0o600)
             _held.add(self.fd)
         self._owner = os.getpid()
         self._identity = _identity(os.fstat(self.fd))
+        #: How it was locked by `lock`.
+        self._lock = fcntl.LOCK_UN
+        #: Whether there was the mark of a forget when it was read last.
+        self.forgotten = False
         #: Its leader, of this process, has ended without an outcome.
         self.lost = False
 
@@ -88,6 +106,23 @@ class _File:
             return False
         return True
 
+    def lock(self, lock: int) -> None:
+        """Locks it for a moment, until it is closed.
+
+        Raises:
+            OSError: This thread has done so already, and runs a signal handler or a destructor in
+                the midst of that: it would wait for itself, and all other processes with it.
+        """
+        mine = _mine.locked
+        mine[:] = [file for file in mine if file.ours()]
+        if not lock & fcntl.LOCK_NB and any(
+            file.path == self.path and (file._lock | lock) & fcntl.LOCK_EX for file in mine
+        ):
+            raise OSError(errno.EDEADLK, os.strerror(errno.EDEADLK), self.path)
+        self._lock = lock
+        mine.append(self)
+        fcntl.flock(self.fd, lock)
+
     def named(self) -> bool:
         """Whether the file still has its name, so that others find it."""
         try:
@@ -97,7 +132,8 @@ class _File:
 
     def read(self) -> tuple[set[bytes], bytes]:
         """The marks that were not taken back, and what follows the marks."""
-        data = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+        with self._closing:
+            data = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
         marks: set[bytes] = set()
         start = 0
         while data.startswith(_MARK, start):
@@ -107,12 +143,15 @@ class _File:
             else:
                 marks.add(mark)
             start += _MARK_SIZE
+        self.forgotten = _FORGOTTEN in marks
         return marks, data[start:]
 
     def forget(self) -> None:
         """Others shall not find it any more, and who has found it shall know why."""
         if self.unname(fcntl.LOCK_EX):  # first: what can be found is not forgotten
-            os.write(self.fd, _FORGOTTEN)
+            with self._closing:
+                if self.ours():
+                    os.write(self.fd, _FORGOTTEN)
 
     def over(self) -> bool:
         """Whether it was forgotten, or has an outcome."""
@@ -129,7 +168,7 @@ class _File:
         try:
             directory = _File(self.path.rpartition("/")[0], os.O_RDONLY)
             try:
-                fcntl.flock(directory.fd, lock)
+                directory.lock(lock)
                 if not self.named():
                     return False
                 os.unlink(self.path)
@@ -141,8 +180,11 @@ class _File:
 
     def close(self, unlock: bool = True) -> None:
         """Closes it, once, and in the process that has opened it."""
-        fd, self.fd = self.fd, -1
-        if fd < 0 or self._owner != os.getpid():
+        if self._owner != os.getpid():  # a thread that is gone may have the lock
+            return
+        with self._closing:
+            fd, self.fd = self.fd, -1
+        if fd < 0:
             return
         if unlock:  # a child that is being forked may have the descriptor for a moment more
             with contextlib.suppress(OSError):
@@ -180,11 +222,22 @@ class _HostLead(Lead):
             _drop(self.file)
 
 
-def _drop(file: _File) -> None:
-    """Ends a lead without an outcome."""
+def _drop(file: _File, lock: int = fcntl.LOCK_SH | fcntl.LOCK_NB) -> None:
+    """Ends a lead without an outcome.
+
+    It may be the garbage collector that does so, at any point, even where this thread has locked
+    the directory alone: then it is another thread that waits for that.
+    """
     file.lost = True
-    with contextlib.suppress(OSError):
-        file.unname()
+    try:
+        file.unname(lock)
+    except BlockingIOError:
+        # With no more threads it keeps its name, as a leader's that was killed.
+        with contextlib.suppress(RuntimeError):
+            start_new_thread(_drop, (file, fcntl.LOCK_SH))
+            return
+    except OSError:
+        pass
     file.close()
 
 
@@ -225,6 +278,11 @@ class _HostTurn(Turn):
         except OSError:  # closed meanwhile
             joinable = False
         return joinable or self.file is not file
+
+    def was_forgotten(self) -> bool:
+        # What has ended by itself is not joined, for a forget would not have found it.
+        file = self.file
+        return file is not None and file.forgotten
 
 
 class _Watch:
@@ -314,7 +372,7 @@ class HostBackend(Wire):
         return futures
 
     def give_up(self, lead: Lead) -> None:
-        """See `Backend.give_up`. What it does to the directory takes no longer than `stat`."""
+        """See `Backend.give_up`. It does not wait for locks."""
         assert isinstance(lead, _HostLead)
         if lead.end():
             _drop(lead.file)
@@ -335,6 +393,9 @@ class HostBackend(Wire):
         except FileNotFoundError:
             done.set_result(None)
         except OSError as error:
+            if error.errno == errno.EDEADLK:  # it is done as soon as it can be, and not in time
+                with contextlib.suppress(RuntimeError):
+                    start_new_thread(self.forget, (name, lead))
             done.set_exception(_unusable(error))
         else:
             done.set_result(None)
@@ -348,7 +409,11 @@ class HostBackend(Wire):
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(4, thread_name_prefix="shardedflight-host")
             pool = self._pool
-        without_context(pool.submit, work, *args)
+        jobs: list[Callable[[], None]] = [partial(work, *args)]
+        try:
+            without_context(pool.submit, _run_once, jobs)
+        except RuntimeError:  # closed meanwhile, no more threads, or the main thread has ended
+            _run_once(jobs)
 
     def _path(self, name: bytes) -> str:
         return f"{self.directory}/{name.hex()}"
@@ -400,7 +465,7 @@ class HostBackend(Wire):
         """
         file = _File(f"{self.directory}/token", os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(file.fd, fcntl.LOCK_EX)
+            file.lock(fcntl.LOCK_EX)
             last = os.pread(file.fd, 32, 0)
             # What is no number of 64 bits was left by a crash, or by somebody else.
             known = last.isdigit() and int(last) < 1 << 63
@@ -549,6 +614,15 @@ class HostBackend(Wire):
                     file.close()
 
 
+def _run_once(jobs: list[Callable[[], None]]) -> None:
+    """Runs the only job, if nobody does. A pool that has refused one may have kept it."""
+    try:
+        job = jobs.pop()
+    except IndexError:
+        return
+    job()
+
+
 def _entries(directory: str) -> Iterator[str]:
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         yield from [entry.name for entry in entries]
@@ -589,7 +663,7 @@ def _checked(directory: "str | os.PathLike[str]") -> str:
             )
         probe = _File(f"{path}/token")
         try:
-            fcntl.flock(probe.fd, fcntl.LOCK_SH)
+            probe.lock(fcntl.LOCK_SH)
         finally:
             probe.close()
     except OSError as error:
