@@ -70,7 +70,7 @@ import_module("encodings.idna")
 with contextlib.suppress(ImportError):
     importlib.metadata.version("redis")
 
-#: Requests that are sent in one go; and how many times a caller's thread does that for others.
+#: Requests that are sent in one go; and how many times a thread does that for others.
 _BATCH, _HELP = 256, 8
 #: Bytes of an outcome that go with a message; a larger one is fetched by those who want it.
 _INLINE = 64 << 10
@@ -979,8 +979,9 @@ class RedisBackend(Wire):
             self._bark(now)
             self._bell.wait(0)  # what it has rung for is seen to now
             self._do_tasks()
-            self._help()
+            self._help(_HELP)  # not for good: callers that never cease would keep it from its beat
             if self._closed:
+                self._help()
                 return
             if broken and now >= next_probe:
                 self.relocate()
