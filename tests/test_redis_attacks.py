@@ -3,13 +3,14 @@
 Each order is forced here. All but what needs a Cluster is against one real Valkey.
 """
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import PATIENCE
+from support import PATIENCE, eventually
 from valkey_support import Valkey
 
 from shardedflight import ShardedFlight
@@ -83,3 +84,46 @@ def test_callers_that_never_cease_do_not_keep_the_keeper_from_its_beat(
         assert beats.wait(PATIENCE)
     finally:
         ceases.set()
+
+
+# -- interrupts -----------------------------------------------------------------------------------
+
+
+def test_a_lead_that_is_dropped_is_given_up(
+    server: Valkey, flight: ShardedFlight, backend: RedisBackend
+) -> None:
+    """The interrupt strikes when the turn is on its way to the caller."""
+    join = backend.join
+
+    def interrupted(*args: Any) -> Any:
+        join(*args)
+        raise KeyboardInterrupt
+
+    backend.join = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt) as kept:
+        flight.do(lambda: 1, "k")
+    assert len(backend._leads) == 1
+    del kept
+    gc.collect()
+    eventually(lambda: not backend._leads, "the end of the lead")
+    eventually(lambda: server.do("KEYS", f"*{backend.namespace}*:f:*") == [], "the heirs' turn")
+
+
+def test_an_interrupt_gives_up_what_the_server_has_granted(
+    server: Valkey, flight: ShardedFlight, backend: RedisBackend
+) -> None:
+    """It strikes when the request was answered, and its thread is about to help others."""
+    helps = backend._help
+
+    def interrupted(rounds: float) -> None:
+        helps(rounds)
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    backend._help = interrupted  # type: ignore[assignment,method-assign]
+    with pytest.raises(KeyboardInterrupt) as kept:  # with the frames of those who had the turn
+        flight.do(lambda: 1, "k")
+    backend._help = helps  # type: ignore[method-assign]
+    eventually(lambda: server.do("KEYS", f"*{backend.namespace}*:f:*") == [], "the heirs' turn")
+    assert not backend._leads
+    del kept

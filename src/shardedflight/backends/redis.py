@@ -538,9 +538,9 @@ class RedisBackend(Wire):
         #: The servers of the shards, as long as they are where they were.
         self._by_shard: dict[int, _Node] = {}
         self._follows: dict[bytes, _Follow] = {}
-        #: What this process leads, by name and token, with the turn that has told so. One that is
-        #: dropped stays until the keeper gives it up.
-        self._leads: dict[tuple[bytes, int], tuple[weakref.ref[Lead], _RedisTurn]] = {}
+        #: What this process leads, by name and token, with the turn that has told so, which holds
+        #: the lead. One that is dropped stays until the keeper gives it up.
+        self._leads: dict[tuple[bytes, int], tuple[weakref.ref[Lead], weakref.ref[_RedisTurn]]] = {}
         #: When who follows joins again.
         self._watchdogs: list[tuple[float, int, _RedisTurn]] = []
         self._numbers = itertools.count(1)
@@ -579,8 +579,13 @@ class RedisBackend(Wire):
         if len(turns) > 1:
             answered = self._await_all(turns)
         if here:
-            self._join(turns, answered)
-            self._help(_HELP)
+            try:
+                self._join(turns, answered)
+                self._help(_HELP)
+            except BaseException:  # an interrupt: its caller has no turn that it could leave
+                for turn in turns:
+                    turn.leave()
+                raise
         else:
             self.wake_to(lambda: self._join(turns, answered))
         return turns
@@ -678,7 +683,7 @@ class RedisBackend(Wire):
         lead = _RedisLead(turn.name, token, turn.followed > 0, self._inbox)
         turn.token = token
         with self._lock:
-            self._leads[turn.name, token] = (weakref.ref(lead), turn)
+            self._leads[turn.name, token] = (weakref.ref(lead), weakref.ref(turn))
         if self._keeper is None:  # which will renew the lease
             self.wake()
         if not turn.settle(lead):
@@ -801,9 +806,10 @@ class RedisBackend(Wire):
         for turn in () if follow is None else follow.turns:
             if turn.token in (token, 0):
                 turn.forgotten = max(turn.forgotten, token)
-        lead = self._leads.get((name, token))
-        if lead is not None:
-            lead[1].forgotten = token
+        known = self._leads.get((name, token))
+        led = None if known is None else known[1]()
+        if led is not None:
+            led.forgotten = token
 
     def heard_again(self, inbox: str) -> None:
         """Messages to this inbox may have been missed: who waits for one joins again."""
