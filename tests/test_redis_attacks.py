@@ -7,11 +7,13 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support import PATIENCE, eventually
-from valkey_support import Valkey
+from redis.exceptions import RedisClusterException
+from support import PATIENCE, eventually, spawn, spawn_loop
+from valkey_support import Valkey, free_port
 
 from shardedflight import ShardedFlight
 from shardedflight.backends import redis as tier
@@ -54,6 +56,10 @@ def ping() -> Any:
     return tier._Request(None, 0, (), ())
 
 
+async def row() -> str:
+    return "row"
+
+
 # -- the keeper -----------------------------------------------------------------------------------
 
 
@@ -86,6 +92,60 @@ def test_callers_that_never_cease_do_not_keep_the_keeper_from_its_beat(
         ceases.set()
 
 
+@pytest.mark.usefixtures("flight")
+def test_the_keeper_outlives_a_failure(
+    backend: RedisBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    help_, fails = backend._help, [True]
+
+    def fails_once(*rounds: float) -> None:
+        if fails:
+            fails.pop()
+            raise LookupError("a bug")
+        help_(*rounds)
+
+    backend._help = fails_once  # type: ignore[method-assign]
+    backend.wake()
+    eventually(lambda: not fails, "the failure")
+    goes_on = threading.Event()
+    backend.wake_to(goes_on.set)
+    assert goes_on.wait(PATIENCE)
+    assert "a bug" in caplog.text
+
+
+@pytest.mark.usefixtures("flight")
+def test_the_keeper_outlives_a_cluster_that_is_gone(
+    backend: RedisBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its slots can not be asked for; the server of before can be reached again."""
+
+    def initialize() -> None:
+        raise RedisClusterException("Redis Cluster cannot be connected")
+
+    nodes = SimpleNamespace(initialize=initialize)
+    node = only_node(backend)
+    monkeypatch.setattr(backend, "_client", SimpleNamespace(nodes_manager=nodes))
+    monkeypatch.setattr(backend, "_clustered", True)
+    node.broken = OSError("gone")
+    backend.wake()
+    eventually(lambda: node.broken is None, "a probe")
+    assert caplog.text == ""
+
+
+def test_a_cluster_that_was_never_there() -> None:
+    url = f"redis://127.0.0.1:{free_port()}"
+    backend = RedisBackend(url, cluster=True, timeout=PATIENCE)
+    flight = ShardedFlight(backend=backend)
+    try:
+        assert spawn(flight.do, lambda: "row", "k").result(PATIENCE) == ("row", False)
+        called = spawn_loop(lambda: flight.do_async(row, "k"))
+        assert called.result(PATIENCE) == ("row", False)
+        spawn(flight.forget, "k").result(PATIENCE)
+        assert flight.stats().fallbacks == 3
+    finally:
+        backend.close()
+
+
 # -- interrupts -----------------------------------------------------------------------------------
 
 
@@ -99,7 +159,7 @@ def test_a_lead_that_is_dropped_is_given_up(
         join(*args)
         raise KeyboardInterrupt
 
-    backend.join = interrupted  # type: ignore[method-assign]
+    backend.join = interrupted  # type: ignore[assignment,method-assign]
     with pytest.raises(KeyboardInterrupt) as kept:
         flight.do(lambda: 1, "k")
     assert len(backend._leads) == 1

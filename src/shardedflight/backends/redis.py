@@ -43,10 +43,10 @@ from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
 from redis.exceptions import (
     ClusterDownError,
-    ClusterError,
     MovedError,
     NoScriptError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
@@ -78,6 +78,8 @@ _INLINE = 64 << 10
 _PROBE = 0.5
 #: The bytes of a name.
 _NAME = 20
+#: What redis-py raises when a server or a Cluster can not be used: its classes have no one base.
+_UNUSABLE = (RedisError, RedisClusterException, OSError)
 
 _backends: "weakref.WeakSet[RedisBackend]" = weakref.WeakSet()
 
@@ -902,7 +904,7 @@ class RedisBackend(Wire):
                 return None, self._client.connection_pool
             node = self._client.get_node_from_key(f"{{{self.namespace}:{shard}}}")
             return node.name, self._client.get_redis_connection(node).connection_pool
-        except (RedisError, OSError) as error:
+        except _UNUSABLE as error:
             raise BackendError(f"the server can not be used: {error}") from error
 
     def _client_for(self, url: str) -> Callable[[], Any]:
@@ -930,7 +932,7 @@ class RedisBackend(Wire):
         """Asks the Cluster who has which slots, and subscribes there. By the keeper."""
         if not self._clustered or self._client is None:
             return
-        with contextlib.suppress(RedisError, OSError, ClusterError):
+        with contextlib.suppress(*_UNUSABLE):
             self._client.nodes_manager.initialize()
         with self._lock:
             self._by_shard.clear()
@@ -975,6 +977,18 @@ class RedisBackend(Wire):
             without_context(self._keeper.start)
 
     def _keep(self) -> None:
+        while True:
+            try:
+                self._keep_on()
+                return
+            except Exception:  # noqa: BLE001 - it must go on: all leases depend on it
+                _log.exception("%r: the keeper has failed, and begins anew", self)
+            if self._closed:
+                return
+            self._bell.wait(_PROBE)
+
+    def _keep_on(self) -> None:
+        """Returns when it is closed."""
         next_beat = next_probe = time.monotonic()
         while True:
             now = time.monotonic()
