@@ -146,6 +146,51 @@ def test_a_cluster_that_was_never_there() -> None:
         backend.close()
 
 
+# -- threads that can not be started --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thread", ["keeper", "inbox"])
+def test_a_thread_that_can_not_be_started(
+    backend: RedisBackend, thread: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flight = ShardedFlight(backend=backend)
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == f"shardedflight-redis-{thread}":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    async def many(keys: list[str]) -> dict[str, str]:
+        return dict.fromkeys(keys, "row")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert spawn(flight.do, lambda: "row", "k").result(PATIENCE) == ("row", False)
+    called = spawn_loop(lambda: flight.do_async(row, "k"))
+    assert called.result(PATIENCE) == ("row", False)
+    called = spawn_loop(lambda: flight.do_many_async(many, ["j", "k"]))
+    assert called.result(PATIENCE) == {"j": ("row", False), "k": ("row", False)}
+    assert (flight.stats().remote_leads, flight.stats().fallbacks) == (0, 4)
+    spawn(flight.forget, "k").result(PATIENCE)
+    monkeypatch.undo()
+    called = spawn_loop(lambda: flight.do_async(row, "k"))
+    assert called.result(PATIENCE) == ("row", False)
+    assert flight.do(lambda: "row", "k") == ("row", False)
+    assert flight.stats().remote_leads == 2
+
+
+def test_a_step_of_the_keeper_that_fails_hangs_nobody(
+    flight: ShardedFlight, backend: RedisBackend
+) -> None:
+    def subscribed(shard: int) -> str:
+        raise LookupError("a bug")
+
+    backend._subscribed = subscribed  # type: ignore[method-assign]
+    called = spawn_loop(lambda: flight.do_async(row, "k"))
+    assert called.result(PATIENCE) == ("row", False)
+    assert flight.stats().fallbacks == 1
+
+
 # -- interrupts -----------------------------------------------------------------------------------
 
 

@@ -136,10 +136,8 @@ class _Request(Future[Any]):
             pass
 
     def fail(self, error: BaseException) -> None:
-        failure = BackendError(f"the server can not be used: {error}")
-        failure.__cause__ = error
         with contextlib.suppress(InvalidStateError):
-            self.set_exception(failure)
+            self.set_exception(_unusable(error))
 
 
 class _RedisLead(Lead):
@@ -365,8 +363,7 @@ class _Listener:
         self._reason: Exception | None = None
         #: Nothing has been said in the log.
         self._unlogged = True
-        thread = threading.Thread(target=self._run, name="shardedflight-redis-inbox", daemon=True)
-        without_context(thread.start)
+        _start_thread(self._run, "shardedflight-redis-inbox")
 
     def subscribe(self, inbox: str) -> None:
         """Returns when the server knows the inbox. Raises BackendError if it does not in time."""
@@ -577,6 +574,12 @@ class RedisBackend(Wire):
     def join(self, wanted: Sequence[tuple[bytes, int]], here: bool) -> Sequence[Turn]:
         """See `Backend.join`."""
         turns = [_RedisTurn(self, name, reject) for name, reject in wanted]
+        try:
+            self._start_keeper()
+        except BackendError as error:
+            for turn in turns:
+                turn.fail(error)
+            return turns
         answered: Callable[[object], None] | None = None
         if len(turns) > 1:
             answered = self._await_all(turns)
@@ -635,6 +638,11 @@ class RedisBackend(Wire):
         f, r, g = self._keys(name, "f", "r", "g")
         token = 0 if lead is None else lead.token
         request = _Request(_FORGET, self._shard(name), [f, r, f"{g}:"], [name, token])
+        try:
+            self._start_keeper()
+        except BackendError as error:
+            request.fail(error)
+            return request
         self._submit([request])
         self.wake()
         return request
@@ -651,9 +659,9 @@ class RedisBackend(Wire):
                 turn.add_done_callback(turn_answered)
             try:
                 inbox = self._subscribed(self._shard(turn.name))
-            except BackendError as error:
+            except Exception as error:  # noqa: BLE001 - by the keeper nobody else would be told
                 self._leave(turn)
-                turn.fail(error)
+                turn.fail(_unusable(error))
                 continue
             with self._lock:
                 self._enter(turn)
@@ -686,8 +694,6 @@ class RedisBackend(Wire):
         turn.token = token
         with self._lock:
             self._leads[turn.name, token] = (weakref.ref(lead), weakref.ref(turn))
-        if self._keeper is None:  # which will renew the lease
-            self.wake()
         if not turn.settle(lead):
             self.give_up(lead)
 
@@ -866,7 +872,7 @@ class RedisBackend(Wire):
         """The inbox for a shard, once its server knows it."""
         node = self._node(shard)
         if node.broken is not None:
-            raise BackendError(f"the server can not be used: {node.broken}") from node.broken
+            raise _unusable(node.broken)
         listener = node.listener
         if listener is None:
             with self._lock:
@@ -905,7 +911,7 @@ class RedisBackend(Wire):
             node = self._client.get_node_from_key(f"{{{self.namespace}:{shard}}}")
             return node.name, self._client.get_redis_connection(node).connection_pool
         except _UNUSABLE as error:
-            raise BackendError(f"the server can not be used: {error}") from error
+            raise _unusable(error) from error
 
     def _client_for(self, url: str) -> Callable[[], Any]:
         if not self._clustered:
@@ -963,18 +969,17 @@ class RedisBackend(Wire):
 
     def wake(self) -> None:
         """Has the keeper look what there is to do."""
-        if self._keeper is None:
-            self._start_keeper()
         self._bell.ring()
 
     def _start_keeper(self) -> None:
+        """For who joins or forgets: all else comes of that. Raises BackendError if it can not."""
+        keeper = self._keeper
+        if keeper is not None:
+            return
         with self._lock:
             if self._keeper is not None or self._closed:
                 return
-            self._keeper = threading.Thread(
-                target=self._keep, name="shardedflight-redis-keeper", daemon=True
-            )
-            without_context(self._keeper.start)
+            self._keeper = _start_thread(self._keep, "shardedflight-redis-keeper")
 
     def _keep(self) -> None:
         while True:
@@ -1108,6 +1113,23 @@ def _once(callback: Callable[[object], None]) -> Callable[[object], None]:
             callback(argument)
 
     return call
+
+
+def _unusable(error: BaseException) -> BackendError:
+    """A new one for each who is told: a traceback grows where it is raised."""
+    known = isinstance(error, BackendError)
+    failure = BackendError(str(error) if known else f"the server can not be used: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _start_thread(run: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    try:
+        without_context(thread.start)
+    except RuntimeError as error:  # the process has as many as it may have
+        raise BackendError(f"{name}: {error}") from error
+    return thread
 
 
 def _check_url(url: str) -> None:
