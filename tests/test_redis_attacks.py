@@ -15,7 +15,7 @@ from redis.exceptions import RedisClusterException
 from support import PATIENCE, eventually, spawn, spawn_loop
 from valkey_support import Valkey, free_port
 
-from shardedflight import ShardedFlight
+from shardedflight import BackendError, ShardedFlight
 from shardedflight.backends import redis as tier
 from shardedflight.backends.redis import RedisBackend
 
@@ -189,6 +189,42 @@ def test_a_step_of_the_keeper_that_fails_hangs_nobody(
     called = spawn_loop(lambda: flight.do_async(row, "k"))
     assert called.result(PATIENCE) == ("row", False)
     assert flight.stats().fallbacks == 1
+
+
+# -- closing --------------------------------------------------------------------------------------
+
+
+def test_what_is_queued_when_all_is_closed_fails(
+    flight: ShardedFlight, backend: RedisBackend
+) -> None:
+    node_of, looked, closed = backend._node, threading.Event(), threading.Event()
+
+    def paused(shard: int) -> Any:
+        node = node_of(shard)
+        looked.set()
+        closed.wait(PATIENCE)
+        return node
+
+    backend._node = paused  # type: ignore[method-assign]
+    forgets = spawn(flight.forget, "k")
+    assert looked.wait(PATIENCE)
+    backend.close()
+    closed.set()
+    forgets.result(PATIENCE)
+    assert flight.stats().fallbacks == 1
+
+
+@pytest.mark.usefixtures("flight")
+def test_what_a_sender_has_left_to_the_keeper_fails_if_it_has_ended(backend: RedisBackend) -> None:
+    node, keeper, request = only_node(backend), backend._keeper, ping()
+    assert keeper is not None
+    with node._sending:
+        closes = spawn(backend.close)
+        eventually(lambda: not keeper.is_alive(), "the keeper's end")
+        node.queue.append(request)
+    closes.result(PATIENCE)
+    with pytest.raises(BackendError, match="closed"):
+        request.result(PATIENCE)
 
 
 # -- interrupts -----------------------------------------------------------------------------------

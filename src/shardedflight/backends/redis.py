@@ -343,6 +343,8 @@ class _Node:
             self.listener.close()
         with self._sending:
             self._disconnect()
+            self.broken = BackendError("the backend was closed")
+        self.help()
 
 
 class _Listener:
@@ -876,6 +878,8 @@ class RedisBackend(Wire):
         listener = node.listener
         if listener is None:
             with self._lock:
+                if self._closed:
+                    raise BackendError("the backend was closed")
                 if node.listener is None:
                     node.listener = _Listener(self, node)
                 listener = node.listener
@@ -894,6 +898,8 @@ class RedisBackend(Wire):
         node = self._by_shard.get(shard)
         if node is None:
             with self._lock:
+                if self._closed:  # its servers have been closed
+                    raise BackendError("the backend was closed")
                 address, pool = self._locate(shard)
                 node = self._nodes.get(address)
                 if node is None:
@@ -950,9 +956,14 @@ class RedisBackend(Wire):
     def _submit(self, requests: Sequence[_Request]) -> None:
         for request in requests:
             try:
-                self._node(request.shard).queue.append(request)
+                node = self._node(request.shard)
             except BackendError as error:
                 request.fail(error)
+                continue
+            node.queue.append(request)
+            # `close` writes both, and fails what is queued after that.
+            if self._closed and node.broken is not None:
+                node.help()
 
     def _help(self, rounds: float = float("inf")) -> None:
         for node in list(self._nodes.values()):
@@ -1079,7 +1090,7 @@ class _Join(_Request):
     def wanted(self) -> bool:
         if not self._turn.done():
             return True
-        self.set_exception(BackendError("its caller has left"))
+        self.fail(BackendError("its caller has left"))
         return False
 
 
