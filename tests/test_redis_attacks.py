@@ -16,6 +16,7 @@ from support import PATIENCE, eventually, spawn, spawn_loop
 from valkey_support import Valkey, free_port
 
 from shardedflight import BackendError, ShardedFlight
+from shardedflight._lock import SteadyLock
 from shardedflight.backends import redis as tier
 from shardedflight.backends.redis import RedisBackend
 
@@ -268,3 +269,66 @@ def test_an_interrupt_gives_up_what_the_server_has_granted(
     eventually(lambda: server.do("KEYS", f"*{backend.namespace}*:f:*") == [], "the heirs' turn")
     assert not backend._leads
     del kept
+
+
+def held_up(backend: RedisBackend) -> threading.Event:
+    """The keeper does nothing before this is set."""
+    waits, goes_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        waits.set()
+        goes_on.wait(PATIENCE)
+
+    backend.wake_to(hold)
+    assert waits.wait(PATIENCE)
+    return goes_on
+
+
+@pytest.mark.usefixtures("flight")
+def test_an_interrupt_of_who_sends_for_others_loses_nothing(backend: RedisBackend) -> None:
+    """It strikes when their requests are out of the queue; one more comes meanwhile."""
+    node, goes_on = only_node(backend), held_up(backend)
+    taken, later = ping(), ping()
+    send, wake, woken = node._send, backend.wake, threading.Event()
+
+    def interrupted(_: list[Any]) -> None:
+        node.queue.append(later)
+        raise KeyboardInterrupt
+
+    def wakes() -> None:
+        woken.set()
+        wake()
+
+    node._send, backend.wake = interrupted, wakes  # type: ignore[method-assign]
+    node.queue.append(taken)
+    with pytest.raises(KeyboardInterrupt):
+        node.help()
+    node._send = send
+    with pytest.raises(BackendError):
+        taken.result(PATIENCE)
+    assert woken.is_set()
+    goes_on.set()
+    assert later.result(PATIENCE) == b"PONG"
+
+
+@pytest.mark.usefixtures("flight")
+def test_an_interrupt_does_not_leave_a_server_to_nobody(backend: RedisBackend) -> None:
+    """It strikes when the right to send was just taken."""
+
+    class Interrupted(SteadyLock):
+        armed = True
+
+        def acquire(self, *args: Any, **kwargs: Any) -> bool:
+            taken: bool = super().acquire(*args, **kwargs)
+            if self.armed and threading.current_thread() is threading.main_thread():
+                self.armed = False
+                raise KeyboardInterrupt
+            return taken
+
+    node, goes_on, request = only_node(backend), held_up(backend), ping()
+    node._sending = Interrupted()
+    node.queue.append(request)
+    with pytest.raises(KeyboardInterrupt):
+        node.help()
+    goes_on.set()
+    assert request.result(PATIENCE) == b"PONG"

@@ -205,8 +205,8 @@ class _Node:
         self._backend = backend
         self._pool = pool
         self.queue: deque[_Request] = deque()
-        #: Held by who sends. Not reentrant: a signal handler must not send in the middle.
-        self._sending = threading.Lock()
+        #: Held by who sends. Taken by `_take`: a signal handler must not send in the middle.
+        self._sending = SteadyLock()
         self._connection: Any = None
         #: When it could not be reached; requests fail at once then.
         self.broken: BaseException | None = None
@@ -236,27 +236,53 @@ class _Node:
 
     def help(self, rounds: float = float("inf")) -> None:
         """Sends what is queued, on this thread, unless another thread is about it."""
-        while self.queue:
-            broken = self.broken
-            if broken is not None:  # at once, even while somebody probes
-                with contextlib.suppress(IndexError):
-                    while True:
-                        self.queue.popleft().fail(broken)
-                return
-            if rounds <= 0:
-                self._backend.wake()
-                return
-            rounds -= 1
-            if not self._sending.acquire(blocking=False):
-                return  # whoever sends looks into the queue once more
-            try:
-                batch: list[_Request] = []
-                with contextlib.suppress(IndexError):
-                    while len(batch) < _BATCH:
-                        batch.append(self.queue.popleft())
-                self._send(batch)
-            finally:
+        batch: list[_Request] = []
+        try:
+            while self.queue:
+                broken = self.broken
+                if broken is not None:  # at once, even while somebody probes
+                    batch = []
+                    self._dequeue(batch, len(self.queue))
+                    for request in batch:
+                        request.fail(broken)
+                    return
+                if rounds <= 0:
+                    self._backend.wake()
+                    return
+                rounds -= 1
+                if not self._take():
+                    return  # whoever sends looks into the queue once more
+                try:
+                    batch = []
+                    self._dequeue(batch, _BATCH)
+                    self._send(batch)
+                finally:
+                    self._sending.release()
+        except BaseException as error:  # an interrupt, which is not of those who wait
+            for request in batch:
+                request.fail(error)
+            self._backend.wake()  # others have seen that somebody sends, and rely on it
+            raise
+
+    def _dequeue(self, batch: list[_Request], most: int) -> None:
+        # In one step, so that no interrupt comes when they are in neither.
+        with contextlib.suppress(IndexError):
+            batch.extend(itertools.islice(iter(self.queue.popleft, None), most))
+
+    def _take(self) -> bool:
+        """Takes `_sending`, unless it is taken, were it by this thread. As SteadyLock does."""
+        if self.sends_here():
+            return False
+        try:
+            return self._sending.acquire(blocking=False)
+        except BaseException:
+            if self.sends_here():
                 self._sending.release()
+            raise
+
+    def sends_here(self) -> bool:
+        """Whether this thread is in the midst of it."""
+        return bool(cast("Any", self._sending)._is_owned())
 
     def probe(self) -> None:
         """Looks whether the server can be reached again. By the keeper: it may take `timeout`."""
@@ -326,7 +352,7 @@ class _Node:
 
     def _drop_connection(self) -> None:
         """The server has become a replica: its name may lead to another one by now."""
-        if self._sending.acquire(blocking=False):
+        if self._take():
             try:
                 self._disconnect()
             finally:
