@@ -228,6 +228,67 @@ def test_what_a_sender_has_left_to_the_keeper_fails_if_it_has_ended(backend: Red
         request.result(PATIENCE)
 
 
+# -- destructors and signal handlers --------------------------------------------------------------
+
+
+def test_a_destructor_on_the_keepers_thread_forgets(
+    flight: ShardedFlight, backend: RedisBackend
+) -> None:
+    done = threading.Event()
+    backend.wake_to(lambda: flight.forget("k"))
+    backend.wake_to(done.set)
+    assert done.wait(PATIENCE)
+    assert flight.stats().fallbacks == 0
+
+
+@pytest.mark.parametrize("thread", ["keeper", "caller"])
+def test_a_destructor_on_a_thread_that_sends_forgets(
+    flight: ShardedFlight, backend: RedisBackend, thread: str
+) -> None:
+    """The server hears of it when that thread goes on."""
+    node, goes_on = only_node(backend), held_up(backend)
+    exchange, sent = node._exchange, [0]
+    request = ping()
+
+    def destroys(batch: list[Any], by_source: bool) -> Any:
+        sent.append(sent.pop() + len(batch))
+        if request in batch:
+            flight.forget("k")
+        return exchange(batch, by_source)
+
+    node._exchange = destroys
+    node.queue.append(request)
+    if thread == "keeper":
+        goes_on.set()
+    else:
+        spawn(node.help).result(PATIENCE)
+        goes_on.set()
+    assert request.result(PATIENCE) == b"PONG"
+    eventually(lambda: sent[-1] >= 2, "the forget")
+    assert flight.stats().fallbacks == 1
+
+
+@pytest.mark.parametrize("held", ["backend", "listener"])
+def test_a_destructor_on_a_thread_that_has_a_lock_forgets(
+    flight: ShardedFlight, backend: RedisBackend, held: str
+) -> None:
+    """The keeper waits for it."""
+    lock = backend._lock if held == "backend" else only_node(backend).listener._changed
+    goes_on = held_up(backend)
+
+    def needs_it() -> None:
+        with lock:
+            pass
+
+    def destroys() -> None:
+        with lock:
+            backend.wake_to(needs_it)
+            goes_on.set()
+            flight.forget("k")
+
+    spawn(destroys).result(PATIENCE)
+
+
 # -- interrupts -----------------------------------------------------------------------------------
 
 

@@ -282,7 +282,10 @@ class _Node:
 
     def sends_here(self) -> bool:
         """Whether this thread is in the midst of it."""
-        return bool(cast("Any", self._sending)._is_owned())
+        return _owned(self._sending)
+
+    def listens_here(self) -> bool:
+        return self.listener is not None and _owned(self.listener.lock)
 
     def probe(self) -> None:
         """Looks whether the server can be reached again. By the keeper: it may take `timeout`."""
@@ -380,8 +383,9 @@ class _Listener:
         self._backend = backend
         self._node = node
         #: Held while something is written to the connection, or it is replaced, and for what
-        #: follows; tells of its changes.
-        self._changed = threading.Condition(SteadyLock())
+        #: follows; and what tells of its changes.
+        self.lock = SteadyLock()
+        self._changed = threading.Condition(self.lock)
         self._connection: Any = None
         self._closed = False
         #: The inboxes, and whether the server knows them.
@@ -673,7 +677,19 @@ class RedisBackend(Wire):
             return request
         self._submit([request])
         self.wake()
+        if not request.done() and self._can_not_wait():
+            self._help(_HELP)
+            # It stays queued: it is done once this thread goes on.
+            request.fail(BackendError("forgotten a moment later, by the thread that was to wait"))
         return request
+
+    def _can_not_wait(self) -> bool:
+        """Whether this thread, in a destructor or a signal handler, has what others need now."""
+        return (
+            threading.current_thread() is self._keeper
+            or _owned(self._lock)
+            or any(node.sends_here() or node.listens_here() for node in list(self._nodes.values()))
+        )
 
     # -- joining ----------------------------------------------------------------------------------
 
@@ -1158,6 +1174,11 @@ def _unusable(error: BaseException) -> BackendError:
     failure = BackendError(str(error) if known else f"the server can not be used: {error}")
     failure.__cause__ = error
     return failure
+
+
+def _owned(lock: SteadyLock) -> bool:
+    """Whether this thread has it. As `threading.Condition` asks."""
+    return bool(cast("Any", lock)._is_owned())
 
 
 def _start_thread(run: Callable[[], None], name: str) -> threading.Thread:
