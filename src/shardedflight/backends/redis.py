@@ -76,6 +76,8 @@ _BATCH, _HELP = 256, 8
 _INLINE = 64 << 10
 #: Seconds between two attempts to reach a server.
 _PROBE = 0.5
+#: Seconds that may be asked for: what locks, sockets and servers count in can not hold any number.
+_DAY = 86400
 #: The bytes of a name.
 _NAME = 20
 #: What redis-py raises when a server or a Cluster can not be used: its classes have no one base.
@@ -499,7 +501,7 @@ class RedisBackend(Wire):
         cluster: The URL leads to a Cluster.
         namespace: Processes with one namespace meet, those with another never.
         lease: Seconds after which a leader that is not heard of is replaced. All processes must
-            have the same.
+            have the same. It, and the next two, may be a day at the most.
         hold: Seconds for which an outcome also serves calls that come after its execution: a
             small cache. With 0, there is none.
         timeout: Seconds after which a server that does not answer is given up, and functions run
@@ -1198,8 +1200,10 @@ def _check_url(url: str) -> None:
 
 
 def _check_seconds(name: str, value: object, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise BackendError(f"{name} must be a number of seconds, at least {least}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= _DAY:
+        raise BackendError(
+            f"{name} must be a number of seconds from {least} to {_DAY}, a day, not {value!r}"
+        )
 
 
 def _after_fork_in_child() -> None:
