@@ -6,6 +6,7 @@ Each order is forced here. All but what needs a Cluster is against one real Valk
 import gc
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -393,3 +394,38 @@ def test_an_interrupt_does_not_leave_a_server_to_nobody(backend: RedisBackend) -
         node.help()
     goes_on.set()
     assert request.result(PATIENCE) == b"PONG"
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def test_an_outcome_is_not_kept_until_its_lease_would_have_ended(server: Valkey) -> None:
+    options: Any = {"namespace": "outcome", "lease": 3600.0, "timeout": PATIENCE}
+    backends = [RedisBackend(server.url, **options) for _ in range(2)]
+    try:
+        leader, follower = (ShardedFlight(backend=backend) for backend in backends)
+        runs, goes_on = threading.Event(), threading.Event()
+
+        def function() -> str:
+            runs.set()
+            goes_on.wait(PATIENCE)
+            return "row"
+
+        leads = spawn(leader.do, function, "k")
+        assert runs.wait(PATIENCE)
+        follows = spawn(follower.do, function, "k")
+        known = backends[1]._follows
+        eventually(lambda: any(turn.token for each in [*known.values()] for turn in each.turns))
+        kept = weakref.ref(next(iter(known.values())).turns[0])
+        goes_on.set()
+        assert leads.result(PATIENCE) == follows.result(PATIENCE) == ("row", True)
+        del leads, follows
+
+        def gone() -> bool:
+            gc.collect()
+            return kept() is None
+
+        eventually(gone, "the end of the turn")
+    finally:
+        for backend in backends:
+            backend.close()

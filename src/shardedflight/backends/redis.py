@@ -574,8 +574,9 @@ class RedisBackend(Wire):
         #: What this process leads, by name and token, with the turn that has told so, which holds
         #: the lead. One that is dropped stays until the keeper gives it up.
         self._leads: dict[tuple[bytes, int], tuple[weakref.ref[Lead], weakref.ref[_RedisTurn]]] = {}
-        #: When who follows joins again.
-        self._watchdogs: list[tuple[float, int, _RedisTurn]] = []
+        #: When who follows joins again. Turns that have ended before, and their outcomes, are not
+        #: kept by it. Under the lock.
+        self._watchdogs: list[tuple[float, int, weakref.ref[_RedisTurn]]] = []
         self._numbers = itertools.count(1)
         #: What the keeper is to do.
         self._tasks: deque[Callable[[], None]] = deque()
@@ -758,8 +759,9 @@ class RedisBackend(Wire):
                 early = follow.early.get(token)
                 if early is None:
                     when = time.monotonic() + max(lease, 0.0) * 1.05 + 0.005
-                    heapq.heappush(self._watchdogs, (when, next(self._numbers), turn))
-                    sooner = self._watchdogs[0][2] is turn
+                    watchdog = (when, next(self._numbers), weakref.ref(turn))
+                    heapq.heappush(self._watchdogs, watchdog)
+                    sooner = self._watchdogs[0] is watchdog
                 else:
                     self._remove(follow, turn)
         if turn.cancelled():
@@ -1093,8 +1095,8 @@ class RedisBackend(Wire):
             with self._lock:
                 if not self._watchdogs or self._watchdogs[0][0] > now:
                     return
-                turn = heapq.heappop(self._watchdogs)[2]
-                follow = self._follows.get(turn.name)
+                turn = heapq.heappop(self._watchdogs)[2]()
+                follow = None if turn is None else self._follows.get(turn.name)
                 waits = follow is not None and turn in follow.turns and turn.token
             if waits:
                 self._tasks.append(lambda turn=turn: self._again(turn))  # type: ignore[misc]
