@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from redis.exceptions import RedisClusterException
 from support import PATIENCE, eventually, spawn, spawn_loop
-from valkey_support import Valkey, free_port
+from test_redis_cluster import migrate
+from valkey_support import Valkey, ValkeyCluster, free_port
 
 from shardedflight import BackendError, ShardedFlight
 from shardedflight._lock import SteadyLock
@@ -89,6 +90,31 @@ def test_callers_that_never_cease_do_not_keep_the_keeper_from_its_beat(
         node.queue.append(ping())
         backend.wake()
         assert captured.wait(PATIENCE)
+        assert beats.wait(PATIENCE)
+    finally:
+        ceases.set()
+
+
+@pytest.mark.usefixtures("flight")
+def test_a_step_that_leads_to_the_next_does_not_keep_the_keeper_from_its_beat(
+    backend: RedisBackend,
+) -> None:
+    """As when a slot has moved, and the Cluster does not know yet where to."""
+    beat, captured, beats, ceases = backend._beat, *(threading.Event() for _ in range(3))
+
+    def step() -> None:
+        if not ceases.is_set():
+            backend.wake_to(step)
+            captured.set()
+
+    def beat_now() -> None:
+        beat()
+        if captured.is_set():
+            beats.set()
+
+    backend._beat = beat_now  # type: ignore[method-assign]
+    backend.wake_to(step)
+    try:
         assert beats.wait(PATIENCE)
     finally:
         ceases.set()
@@ -429,3 +455,54 @@ def test_an_outcome_is_not_kept_until_its_lease_would_have_ended(server: Valkey)
     finally:
         for backend in backends:
             backend.close()
+
+
+# -- a Cluster ------------------------------------------------------------------------------------
+
+
+def test_a_slot_that_moves_while_the_inbox_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One inbox that the server refused had all others of that server cut off again, for good."""
+    cluster = ValkeyCluster()
+    backend = RedisBackend(cluster.url, cluster=True, timeout=PATIENCE)
+    cut, moved = threading.Event(), threading.Event()
+    connect = tier._Listener._connect
+
+    def connect_later(listener: Any) -> None:
+        cut.set()
+        moved.wait(PATIENCE)
+        connect(listener)
+
+    try:
+        flight = ShardedFlight(backend=backend)
+        keys: dict[int, str] = {}
+        for number in range(1000):
+            key = f"k{number}"
+            keys.setdefault(backend._shard(backend.name(None, (key,))), key)
+        node = backend._node(next(iter(keys)))
+        goes, stays = [shard for shard in keys if backend._node(shard) is node][:2]
+        for shard in (goes, stays):
+            assert flight.do(lambda: "row", keys[shard]) == ("row", False)
+        assert (flight.stats().remote_leads, flight.stats().fallbacks) == (2, 0)
+        (address,) = [address for address, one in backend._nodes.items() if one is node]
+        (source,) = [each for each in cluster.servers if address.endswith(f":{each.port}")]
+        target = next(each for each in cluster.servers if each is not source)
+
+        monkeypatch.setattr(tier._Listener, "_connect", connect_later)
+        source.do("CLIENT", "KILL", "TYPE", "pubsub")
+        assert cut.wait(PATIENCE)
+        migrate(source, target, b"{%s:%d}" % (backend.namespace.encode(), goes))
+        moved.set()
+        inboxes: Any = node.listener
+        eventually(lambda: inboxes._inboxes == {backend._inbox_of(stays): True}, "its inbox")
+
+        def leads(shard: int) -> bool:
+            before = flight.stats().remote_leads
+            flight.do(lambda: "row", keys[shard])
+            return flight.stats().remote_leads > before
+
+        assert leads(stays)
+        eventually(lambda: leads(goes), "a lead at the other server")
+    finally:
+        moved.set()
+        backend.close()
+        cluster.stop()

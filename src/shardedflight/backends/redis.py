@@ -41,6 +41,7 @@ from typing import Any, cast
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
+from redis.crc import key_slot
 from redis.exceptions import (
     ClusterDownError,
     MovedError,
@@ -399,10 +400,13 @@ class _Listener:
         self._unlogged = True
         _start_thread(self._run, "shardedflight-redis-inbox")
 
-    def subscribe(self, inbox: str) -> None:
-        """Returns when the server knows the inbox. Raises BackendError if it does not in time."""
+    def subscribe(self, inbox: str) -> bool:
+        """Returns when the server knows the inbox; False if its slot is at another server.
+
+        Raises BackendError if neither is known in time.
+        """
         if self._inboxes.get(inbox):
-            return
+            return True
         with self._changed:
             if inbox not in self._inboxes:
                 self._inboxes[inbox] = False
@@ -411,11 +415,13 @@ class _Listener:
                         self._connection.send_command("SSUBSCRIBE", inbox)
             before = self._failures
             self._changed.wait_for(
-                lambda: self._inboxes.get(inbox) or self._failures > before, self._backend.timeout
+                lambda: self._inboxes.get(inbox, True) or self._failures > before,
+                self._backend.timeout,
             )
-            if not self._inboxes.get(inbox):
+            if self._inboxes.get(inbox) is False:
                 reason = self._reason or "it does not take subscriptions"
                 raise BackendError(f"the server can not be used: {reason}") from self._reason
+            return inbox in self._inboxes
 
     def _run(self) -> None:
         while not self._closed:
@@ -453,6 +459,10 @@ class _Listener:
         while True:
             try:
                 message = self._connection.read_response(disconnect_on_error=False)
+            except MovedError as error:
+                silent, slot = False, error.slot_id
+                self._lose(lambda inbox, slot=slot: key_slot(inbox.encode()) == slot)  # type: ignore[misc]
+                continue
             except redis.TimeoutError:
                 if silent:  # not even to a PING did it say anything
                     raise
@@ -469,12 +479,18 @@ class _Listener:
                         self._inboxes[inbox.decode()] = True
                         self._changed.notify_all()
                     self._backend.heard_again(inbox.decode())
-                case [b"sunsubscribe", bytes(inbox), _]:  # its slot has moved to another server
-                    with self._changed:
-                        self._inboxes.pop(inbox.decode(), None)
-                    self._backend.wake_to(self._backend.relocate)
+                case [b"sunsubscribe", bytes(lost), _]:
+                    self._lose(lambda inbox: inbox == lost.decode())
                 case _:
                     pass
+
+    def _lose(self, lost: Callable[[str], bool]) -> None:
+        """The slots of these inboxes are at another server."""
+        with self._changed:
+            for inbox in [*filter(lost, self._inboxes)]:
+                del self._inboxes[inbox]
+            self._changed.notify_all()
+        self._backend.wake_to(self._backend.relocate)
 
     def _disconnect(self) -> None:
         with self._changed:
@@ -931,11 +947,13 @@ class RedisBackend(Wire):
                 listener = node.listener
         inbox = self._inbox_of(shard)
         try:
-            listener.subscribe(inbox)
+            known = listener.subscribe(inbox)
         except BackendError as error:
             node.broken = error
             self.wake()
             raise
+        if not known:
+            raise BackendError("the slot has moved to another server")
         return inbox
 
     def _node(self, shard: int) -> _Node:
@@ -1079,7 +1097,7 @@ class RedisBackend(Wire):
             self._bell.wait(max(0.0, min(wake_at) - time.monotonic()))
 
     def _do_tasks(self) -> None:
-        while self._tasks:
+        for _ in range(len(self._tasks)):  # one may lead to the next, for as long as a slot moves
             try:
                 task = self._tasks.popleft()
             except IndexError:  # another thread was faster
