@@ -997,10 +997,12 @@ class RedisBackend(Wire):
         request.moved = True
 
         def again() -> None:
-            self.relocate()
-            with contextlib.suppress(BackendError):
-                self._subscribed(request.shard)
-            self._submit([request])
+            try:
+                self.relocate()
+                with contextlib.suppress(BackendError):
+                    self._subscribed(request.shard)
+            finally:
+                self._submit([request])
 
         self.wake_to(again)
 
@@ -1116,7 +1118,7 @@ class RedisBackend(Wire):
                 turn = heapq.heappop(self._watchdogs)[2]()
                 follow = None if turn is None else self._follows.get(turn.name)
                 waits = follow is not None and turn in follow.turns and turn.token
-            if waits:
+            if turn is not None and waits:
                 self._tasks.append(lambda turn=turn: self._again(turn))  # type: ignore[misc]
 
     def _beat(self) -> None:
