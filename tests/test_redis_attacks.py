@@ -3,8 +3,10 @@
 Each order is forced here. All but what needs a Cluster is against one real Valkey.
 """
 
+import contextlib
 import gc
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -460,9 +462,17 @@ def test_an_outcome_is_not_kept_until_its_lease_would_have_ended(server: Valkey)
 # -- a Cluster ------------------------------------------------------------------------------------
 
 
-def test_a_slot_that_moves_while_the_inbox_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One inbox that the server refused had all others of that server cut off again, for good."""
+@pytest.fixture
+def cluster() -> Iterator[ValkeyCluster]:
     cluster = ValkeyCluster()
+    yield cluster
+    cluster.stop()
+
+
+def test_a_slot_that_moves_while_the_inbox_is_cut_off(
+    cluster: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One inbox that the server refused had all others of that server cut off again, for good."""
     backend = RedisBackend(cluster.url, cluster=True, timeout=PATIENCE)
     cut, moved = threading.Event(), threading.Event()
     connect = tier._Listener._connect
@@ -505,4 +515,37 @@ def test_a_slot_that_moves_while_the_inbox_is_cut_off(monkeypatch: pytest.Monkey
     finally:
         moved.set()
         backend.close()
-        cluster.stop()
+
+
+def test_a_fork_while_the_slots_are_asked_for(cluster: ValkeyCluster) -> None:
+    """A thread of the parent has the lock of redis-py for it, and is not there in the child."""
+    backend = RedisBackend(cluster.url, cluster=True, timeout=PATIENCE)
+    asks, forked = threading.Event(), threading.Event()
+    try:
+        flight = ShardedFlight(backend=backend)
+        flight.do(lambda: "row", "k")
+        nodes = backend._client.nodes_manager
+
+        def ask() -> None:
+            with nodes._initialization_lock, nodes._lock:
+                asks.set()
+                forked.wait(PATIENCE)
+
+        asked = spawn(ask)
+        assert asks.wait(PATIENCE)
+        pid = os.fork()
+        if not pid:
+            signal.alarm(round(PATIENCE))  # ends it
+            with contextlib.suppress(BaseException):
+                backend.relocate()
+                flight.do(lambda: "row", "k")
+                backend.relocate()
+                os._exit(42 if flight.stats().remote_leads == 1 else 1)
+            os._exit(2)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 42
+        forked.set()
+        asked.result(PATIENCE)
+    finally:
+        forked.set()
+        backend.close()

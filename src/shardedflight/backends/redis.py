@@ -85,6 +85,9 @@ _NAME = 20
 _UNUSABLE = (RedisError, RedisClusterException, OSError)
 
 _backends: "weakref.WeakSet[RedisBackend]" = weakref.WeakSet()
+#: As a forked child has found them; it keeps them for good. Threads that are gone may hold their
+#: locks, which their destructors would wait for.
+_clients_of_parents: list[object] = []
 
 
 class _Script:
@@ -577,6 +580,12 @@ class RedisBackend(Wire):
         self._shards = shards
         self._restart()
         _backends.add(self)
+
+    def _leave_client(self) -> None:
+        """To the parent. The user's own has to do: how it was made is not known."""
+        if self._make_client is not None and self._client is not None:
+            _clients_of_parents.append(self._client)
+            self._client = None
 
     def _restart(self) -> None:
         self._lock = SteadyLock()
@@ -1230,6 +1239,7 @@ def _check_seconds(name: str, value: object, least: float) -> None:
 
 def _after_fork_in_child() -> None:
     for backend in list(_backends):
+        backend._leave_client()
         backend._restart()
 
 
