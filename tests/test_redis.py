@@ -860,6 +860,7 @@ def test_who_leaves_before_the_request_is_sent_asks_for_nothing(
         ("redis://x", {"lease": "1"}),
         ("redis://x", {"hold": -1}),
         ("redis://x", {"timeout": 0}),
+        ("redis://x", {"timeout": float("nan")}),
         ("redis://x", {"namespace": "a{b"}),
         ("redis://x", {"namespace": ""}),
         ("redis://x", {"shards": 0}),
@@ -870,6 +871,14 @@ def test_who_leaves_before_the_request_is_sent_asks_for_nothing(
 def test_bad_arguments_are_refused(server: Any, options: Any) -> None:
     with pytest.raises(BackendError):
         RedisBackend(server, **options)
+
+
+@pytest.mark.parametrize("name", ["lease", "hold", "timeout"])
+@pytest.mark.parametrize("seconds", [float("inf"), 86401, 10**400])
+def test_times_that_can_not_be_waited_for_are_refused(name: str, seconds: float) -> None:
+    RedisBackend("redis://x", **{name: 86400})  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match=f"{name} must be .* 86400, a day, not {seconds}"):
+        RedisBackend("redis://x", **{name: seconds})  # type: ignore[arg-type]
 
 
 def test_a_backend_is_checked() -> None:

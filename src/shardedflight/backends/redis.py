@@ -41,12 +41,13 @@ from typing import Any, cast
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
+from redis.crc import key_slot
 from redis.exceptions import (
     ClusterDownError,
-    ClusterError,
     MovedError,
     NoScriptError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
@@ -70,16 +71,23 @@ import_module("encodings.idna")
 with contextlib.suppress(ImportError):
     importlib.metadata.version("redis")
 
-#: Requests that are sent in one go; and how many times a caller's thread does that for others.
+#: Requests that are sent in one go; and how many times a thread does that for others.
 _BATCH, _HELP = 256, 8
 #: Bytes of an outcome that go with a message; a larger one is fetched by those who want it.
 _INLINE = 64 << 10
 #: Seconds between two attempts to reach a server.
 _PROBE = 0.5
+#: Seconds that may be asked for: what locks, sockets and servers count in can not hold any number.
+_DAY = 86400
 #: The bytes of a name.
 _NAME = 20
+#: What redis-py raises when a server or a Cluster can not be used: its classes have no one base.
+_UNUSABLE = (RedisError, RedisClusterException, OSError)
 
 _backends: "weakref.WeakSet[RedisBackend]" = weakref.WeakSet()
+#: As a forked child has found them; it keeps them for good. Threads that are gone may hold their
+#: locks, which their destructors would wait for.
+_clients_of_parents: list[object] = []
 
 
 class _Script:
@@ -134,10 +142,8 @@ class _Request(Future[Any]):
             pass
 
     def fail(self, error: BaseException) -> None:
-        failure = BackendError(f"the server can not be used: {error}")
-        failure.__cause__ = error
         with contextlib.suppress(InvalidStateError):
-            self.set_exception(failure)
+            self.set_exception(_unusable(error))
 
 
 class _RedisLead(Lead):
@@ -205,8 +211,8 @@ class _Node:
         self._backend = backend
         self._pool = pool
         self.queue: deque[_Request] = deque()
-        #: Held by who sends. Not reentrant: a signal handler must not send in the middle.
-        self._sending = threading.Lock()
+        #: Held by who sends. Taken by `_take`: a signal handler must not send in the middle.
+        self._sending = SteadyLock()
         self._connection: Any = None
         #: When it could not be reached; requests fail at once then.
         self.broken: BaseException | None = None
@@ -236,27 +242,56 @@ class _Node:
 
     def help(self, rounds: float = float("inf")) -> None:
         """Sends what is queued, on this thread, unless another thread is about it."""
-        while self.queue:
-            broken = self.broken
-            if broken is not None:  # at once, even while somebody probes
-                with contextlib.suppress(IndexError):
-                    while True:
-                        self.queue.popleft().fail(broken)
-                return
-            if rounds <= 0:
-                self._backend.wake()
-                return
-            rounds -= 1
-            if not self._sending.acquire(blocking=False):
-                return  # whoever sends looks into the queue once more
-            try:
-                batch: list[_Request] = []
-                with contextlib.suppress(IndexError):
-                    while len(batch) < _BATCH:
-                        batch.append(self.queue.popleft())
-                self._send(batch)
-            finally:
+        batch: list[_Request] = []
+        try:
+            while self.queue:
+                broken = self.broken
+                if broken is not None:  # at once, even while somebody probes
+                    batch = []
+                    self._dequeue(batch, len(self.queue))
+                    for request in batch:
+                        request.fail(broken)
+                    return
+                if rounds <= 0:
+                    self._backend.wake()
+                    return
+                rounds -= 1
+                if not self._take():
+                    return  # whoever sends looks into the queue once more
+                try:
+                    batch = []
+                    self._dequeue(batch, _BATCH)
+                    self._send(batch)
+                finally:
+                    self._sending.release()
+        except BaseException as error:  # an interrupt, which is not of those who wait
+            for request in batch:
+                request.fail(error)
+            self._backend.wake()  # others have seen that somebody sends, and rely on it
+            raise
+
+    def _dequeue(self, batch: list[_Request], most: int) -> None:
+        # In one step, so that no interrupt comes when they are in neither.
+        with contextlib.suppress(IndexError):
+            batch.extend(itertools.islice(iter(self.queue.popleft, None), most))
+
+    def _take(self) -> bool:
+        """Takes `_sending`, unless it is taken, were it by this thread. As SteadyLock does."""
+        if self.sends_here():
+            return False
+        try:
+            return self._sending.acquire(blocking=False)
+        except BaseException:
+            if self.sends_here():
                 self._sending.release()
+            raise
+
+    def sends_here(self) -> bool:
+        """Whether this thread is in the midst of it."""
+        return _owned(self._sending)
+
+    def listens_here(self) -> bool:
+        return self.listener is not None and _owned(self.listener.lock)
 
     def probe(self) -> None:
         """Looks whether the server can be reached again. By the keeper: it may take `timeout`."""
@@ -326,7 +361,7 @@ class _Node:
 
     def _drop_connection(self) -> None:
         """The server has become a replica: its name may lead to another one by now."""
-        if self._sending.acquire(blocking=False):
+        if self._take():
             try:
                 self._disconnect()
             finally:
@@ -343,6 +378,8 @@ class _Node:
             self.listener.close()
         with self._sending:
             self._disconnect()
+            self.broken = BackendError("the backend was closed")
+        self.help()
 
 
 class _Listener:
@@ -352,8 +389,9 @@ class _Listener:
         self._backend = backend
         self._node = node
         #: Held while something is written to the connection, or it is replaced, and for what
-        #: follows; tells of its changes.
-        self._changed = threading.Condition(SteadyLock())
+        #: follows; and what tells of its changes.
+        self.lock = SteadyLock()
+        self._changed = threading.Condition(self.lock)
         self._connection: Any = None
         self._closed = False
         #: The inboxes, and whether the server knows them.
@@ -363,13 +401,15 @@ class _Listener:
         self._reason: Exception | None = None
         #: Nothing has been said in the log.
         self._unlogged = True
-        thread = threading.Thread(target=self._run, name="shardedflight-redis-inbox", daemon=True)
-        without_context(thread.start)
+        _start_thread(self._run, "shardedflight-redis-inbox")
 
-    def subscribe(self, inbox: str) -> None:
-        """Returns when the server knows the inbox. Raises BackendError if it does not in time."""
+    def subscribe(self, inbox: str) -> bool:
+        """Returns when the server knows the inbox; False if its slot is at another server.
+
+        Raises BackendError if neither is known in time.
+        """
         if self._inboxes.get(inbox):
-            return
+            return True
         with self._changed:
             if inbox not in self._inboxes:
                 self._inboxes[inbox] = False
@@ -378,11 +418,13 @@ class _Listener:
                         self._connection.send_command("SSUBSCRIBE", inbox)
             before = self._failures
             self._changed.wait_for(
-                lambda: self._inboxes.get(inbox) or self._failures > before, self._backend.timeout
+                lambda: self._inboxes.get(inbox, True) or self._failures > before,
+                self._backend.timeout,
             )
-            if not self._inboxes.get(inbox):
+            if self._inboxes.get(inbox) is False:
                 reason = self._reason or "it does not take subscriptions"
                 raise BackendError(f"the server can not be used: {reason}") from self._reason
+            return inbox in self._inboxes
 
     def _run(self) -> None:
         while not self._closed:
@@ -420,6 +462,10 @@ class _Listener:
         while True:
             try:
                 message = self._connection.read_response(disconnect_on_error=False)
+            except MovedError as error:
+                silent, slot = False, error.slot_id
+                self._lose(lambda inbox, slot=slot: key_slot(inbox.encode()) == slot)  # type: ignore[misc]
+                continue
             except redis.TimeoutError:
                 if silent:  # not even to a PING did it say anything
                     raise
@@ -436,12 +482,18 @@ class _Listener:
                         self._inboxes[inbox.decode()] = True
                         self._changed.notify_all()
                     self._backend.heard_again(inbox.decode())
-                case [b"sunsubscribe", bytes(inbox), _]:  # its slot has moved to another server
-                    with self._changed:
-                        self._inboxes.pop(inbox.decode(), None)
-                    self._backend.wake_to(self._backend.relocate)
+                case [b"sunsubscribe", bytes(lost), _]:
+                    self._lose(lambda inbox: inbox == lost.decode())
                 case _:
                     pass
+
+    def _lose(self, lost: Callable[[str], bool]) -> None:
+        """The slots of these inboxes are at another server."""
+        with self._changed:
+            for inbox in [*filter(lost, self._inboxes)]:
+                del self._inboxes[inbox]
+            self._changed.notify_all()
+        self._backend.wake_to(self._backend.relocate)
 
     def _disconnect(self) -> None:
         with self._changed:
@@ -468,7 +520,7 @@ class RedisBackend(Wire):
         cluster: The URL leads to a Cluster.
         namespace: Processes with one namespace meet, those with another never.
         lease: Seconds after which a leader that is not heard of is replaced. All processes must
-            have the same.
+            have the same. It, and the next two, may be a day at the most.
         hold: Seconds for which an outcome also serves calls that come after its execution: a
             small cache. With 0, there is none.
         timeout: Seconds after which a server that does not answer is given up, and functions run
@@ -529,6 +581,12 @@ class RedisBackend(Wire):
         self._restart()
         _backends.add(self)
 
+    def _leave_client(self) -> None:
+        """To the parent. The user's own has to do: how it was made is not known."""
+        if self._make_client is not None and self._client is not None:
+            _clients_of_parents.append(self._client)
+            self._client = None
+
     def _restart(self) -> None:
         self._lock = SteadyLock()
         self._inbox = os.urandom(8).hex()
@@ -538,11 +596,12 @@ class RedisBackend(Wire):
         #: The servers of the shards, as long as they are where they were.
         self._by_shard: dict[int, _Node] = {}
         self._follows: dict[bytes, _Follow] = {}
-        #: What this process leads, by name and token, with the turn that has told so. One that is
-        #: dropped stays until the keeper gives it up.
-        self._leads: dict[tuple[bytes, int], tuple[weakref.ref[Lead], _RedisTurn]] = {}
-        #: When who follows joins again.
-        self._watchdogs: list[tuple[float, int, _RedisTurn]] = []
+        #: What this process leads, by name and token, with the turn that has told so, which holds
+        #: the lead. One that is dropped stays until the keeper gives it up.
+        self._leads: dict[tuple[bytes, int], tuple[weakref.ref[Lead], weakref.ref[_RedisTurn]]] = {}
+        #: When who follows joins again. Turns that have ended before, and their outcomes, are not
+        #: kept by it. Under the lock.
+        self._watchdogs: list[tuple[float, int, weakref.ref[_RedisTurn]]] = []
         self._numbers = itertools.count(1)
         #: What the keeper is to do.
         self._tasks: deque[Callable[[], None]] = deque()
@@ -575,12 +634,23 @@ class RedisBackend(Wire):
     def join(self, wanted: Sequence[tuple[bytes, int]], here: bool) -> Sequence[Turn]:
         """See `Backend.join`."""
         turns = [_RedisTurn(self, name, reject) for name, reject in wanted]
+        try:
+            self._start_keeper()
+        except BackendError as error:
+            for turn in turns:
+                turn.fail(error)
+            return turns
         answered: Callable[[object], None] | None = None
         if len(turns) > 1:
             answered = self._await_all(turns)
         if here:
-            self._join(turns, answered)
-            self._help(_HELP)
+            try:
+                self._join(turns, answered)
+                self._help(_HELP)
+            except BaseException:  # an interrupt: its caller has no turn that it could leave
+                for turn in turns:
+                    turn.leave()
+                raise
         else:
             self.wake_to(lambda: self._join(turns, answered))
         return turns
@@ -628,9 +698,26 @@ class RedisBackend(Wire):
         f, r, g = self._keys(name, "f", "r", "g")
         token = 0 if lead is None else lead.token
         request = _Request(_FORGET, self._shard(name), [f, r, f"{g}:"], [name, token])
+        try:
+            self._start_keeper()
+        except BackendError as error:
+            request.fail(error)
+            return request
         self._submit([request])
         self.wake()
+        if not request.done() and self._can_not_wait():
+            self._help(_HELP)
+            # It stays queued: it is done once this thread goes on.
+            request.fail(BackendError("forgotten a moment later, by the thread that was to wait"))
         return request
+
+    def _can_not_wait(self) -> bool:
+        """Whether this thread, in a destructor or a signal handler, has what others need now."""
+        return (
+            threading.current_thread() is self._keeper
+            or _owned(self._lock)
+            or any(node.sends_here() or node.listens_here() for node in list(self._nodes.values()))
+        )
 
     # -- joining ----------------------------------------------------------------------------------
 
@@ -644,9 +731,9 @@ class RedisBackend(Wire):
                 turn.add_done_callback(turn_answered)
             try:
                 inbox = self._subscribed(self._shard(turn.name))
-            except BackendError as error:
+            except Exception as error:  # noqa: BLE001 - by the keeper nobody else would be told
                 self._leave(turn)
-                turn.fail(error)
+                turn.fail(_unusable(error))
                 continue
             with self._lock:
                 self._enter(turn)
@@ -678,9 +765,7 @@ class RedisBackend(Wire):
         lead = _RedisLead(turn.name, token, turn.followed > 0, self._inbox)
         turn.token = token
         with self._lock:
-            self._leads[turn.name, token] = (weakref.ref(lead), turn)
-        if self._keeper is None:  # which will renew the lease
-            self.wake()
+            self._leads[turn.name, token] = (weakref.ref(lead), weakref.ref(turn))
         if not turn.settle(lead):
             self.give_up(lead)
 
@@ -699,8 +784,9 @@ class RedisBackend(Wire):
                 early = follow.early.get(token)
                 if early is None:
                     when = time.monotonic() + max(lease, 0.0) * 1.05 + 0.005
-                    heapq.heappush(self._watchdogs, (when, next(self._numbers), turn))
-                    sooner = self._watchdogs[0][2] is turn
+                    watchdog = (when, next(self._numbers), weakref.ref(turn))
+                    heapq.heappush(self._watchdogs, watchdog)
+                    sooner = self._watchdogs[0] is watchdog
                 else:
                     self._remove(follow, turn)
         if turn.cancelled():
@@ -801,9 +887,10 @@ class RedisBackend(Wire):
         for turn in () if follow is None else follow.turns:
             if turn.token in (token, 0):
                 turn.forgotten = max(turn.forgotten, token)
-        lead = self._leads.get((name, token))
-        if lead is not None:
-            lead[1].forgotten = token
+        known = self._leads.get((name, token))
+        led = None if known is None else known[1]()
+        if led is not None:
+            led.forgotten = token
 
     def heard_again(self, inbox: str) -> None:
         """Messages to this inbox may have been missed: who waits for one joins again."""
@@ -858,20 +945,24 @@ class RedisBackend(Wire):
         """The inbox for a shard, once its server knows it."""
         node = self._node(shard)
         if node.broken is not None:
-            raise BackendError(f"the server can not be used: {node.broken}") from node.broken
+            raise _unusable(node.broken)
         listener = node.listener
         if listener is None:
             with self._lock:
+                if self._closed:
+                    raise BackendError("the backend was closed")
                 if node.listener is None:
                     node.listener = _Listener(self, node)
                 listener = node.listener
         inbox = self._inbox_of(shard)
         try:
-            listener.subscribe(inbox)
+            known = listener.subscribe(inbox)
         except BackendError as error:
             node.broken = error
             self.wake()
             raise
+        if not known:
+            raise BackendError("the slot has moved to another server")
         return inbox
 
     def _node(self, shard: int) -> _Node:
@@ -880,6 +971,8 @@ class RedisBackend(Wire):
         node = self._by_shard.get(shard)
         if node is None:
             with self._lock:
+                if self._closed:  # its servers have been closed
+                    raise BackendError("the backend was closed")
                 address, pool = self._locate(shard)
                 node = self._nodes.get(address)
                 if node is None:
@@ -896,8 +989,8 @@ class RedisBackend(Wire):
                 return None, self._client.connection_pool
             node = self._client.get_node_from_key(f"{{{self.namespace}:{shard}}}")
             return node.name, self._client.get_redis_connection(node).connection_pool
-        except (RedisError, OSError) as error:
-            raise BackendError(f"the server can not be used: {error}") from error
+        except _UNUSABLE as error:
+            raise _unusable(error) from error
 
     def _client_for(self, url: str) -> Callable[[], Any]:
         if not self._clustered:
@@ -913,10 +1006,12 @@ class RedisBackend(Wire):
         request.moved = True
 
         def again() -> None:
-            self.relocate()
-            with contextlib.suppress(BackendError):
-                self._subscribed(request.shard)
-            self._submit([request])
+            try:
+                self.relocate()
+                with contextlib.suppress(BackendError):
+                    self._subscribed(request.shard)
+            finally:
+                self._submit([request])
 
         self.wake_to(again)
 
@@ -924,7 +1019,7 @@ class RedisBackend(Wire):
         """Asks the Cluster who has which slots, and subscribes there. By the keeper."""
         if not self._clustered or self._client is None:
             return
-        with contextlib.suppress(RedisError, OSError, ClusterError):
+        with contextlib.suppress(*_UNUSABLE):
             self._client.nodes_manager.initialize()
         with self._lock:
             self._by_shard.clear()
@@ -936,9 +1031,14 @@ class RedisBackend(Wire):
     def _submit(self, requests: Sequence[_Request]) -> None:
         for request in requests:
             try:
-                self._node(request.shard).queue.append(request)
+                node = self._node(request.shard)
             except BackendError as error:
                 request.fail(error)
+                continue
+            node.queue.append(request)
+            # `close` writes both, and fails what is queued after that.
+            if self._closed and node.broken is not None:
+                node.help()
 
     def _help(self, rounds: float = float("inf")) -> None:
         for node in list(self._nodes.values()):
@@ -955,20 +1055,31 @@ class RedisBackend(Wire):
 
     def wake(self) -> None:
         """Has the keeper look what there is to do."""
-        if self._keeper is None:
-            self._start_keeper()
         self._bell.ring()
 
     def _start_keeper(self) -> None:
+        """For who joins or forgets: all else comes of that. Raises BackendError if it can not."""
+        keeper = self._keeper
+        if keeper is not None:
+            return
         with self._lock:
             if self._keeper is not None or self._closed:
                 return
-            self._keeper = threading.Thread(
-                target=self._keep, name="shardedflight-redis-keeper", daemon=True
-            )
-            without_context(self._keeper.start)
+            self._keeper = _start_thread(self._keep, "shardedflight-redis-keeper")
 
     def _keep(self) -> None:
+        while True:
+            try:
+                self._keep_on()
+                return
+            except Exception:  # noqa: BLE001 - it must go on: all leases depend on it
+                _log.exception("%r: the keeper has failed, and begins anew", self)
+            if self._closed:
+                return
+            self._bell.wait(_PROBE)
+
+    def _keep_on(self) -> None:
+        """Returns when it is closed."""
         next_beat = next_probe = time.monotonic()
         while True:
             now = time.monotonic()
@@ -979,8 +1090,9 @@ class RedisBackend(Wire):
             self._bark(now)
             self._bell.wait(0)  # what it has rung for is seen to now
             self._do_tasks()
-            self._help()
+            self._help(_HELP)  # not for good: callers that never cease would keep it from its beat
             if self._closed:
+                self._help()
                 return
             if broken and now >= next_probe:
                 self.relocate()
@@ -996,7 +1108,7 @@ class RedisBackend(Wire):
             self._bell.wait(max(0.0, min(wake_at) - time.monotonic()))
 
     def _do_tasks(self) -> None:
-        while self._tasks:
+        for _ in range(len(self._tasks)):  # one may lead to the next, for as long as a slot moves
             try:
                 task = self._tasks.popleft()
             except IndexError:  # another thread was faster
@@ -1012,10 +1124,10 @@ class RedisBackend(Wire):
             with self._lock:
                 if not self._watchdogs or self._watchdogs[0][0] > now:
                     return
-                turn = heapq.heappop(self._watchdogs)[2]
-                follow = self._follows.get(turn.name)
+                turn = heapq.heappop(self._watchdogs)[2]()
+                follow = None if turn is None else self._follows.get(turn.name)
                 waits = follow is not None and turn in follow.turns and turn.token
-            if waits:
+            if turn is not None and waits:
                 self._tasks.append(lambda turn=turn: self._again(turn))  # type: ignore[misc]
 
     def _beat(self) -> None:
@@ -1053,7 +1165,7 @@ class _Join(_Request):
     def wanted(self) -> bool:
         if not self._turn.done():
             return True
-        self.set_exception(BackendError("its caller has left"))
+        self.fail(BackendError("its caller has left"))
         return False
 
 
@@ -1089,6 +1201,28 @@ def _once(callback: Callable[[object], None]) -> Callable[[object], None]:
     return call
 
 
+def _unusable(error: BaseException) -> BackendError:
+    """A new one for each who is told: a traceback grows where it is raised."""
+    known = isinstance(error, BackendError)
+    failure = BackendError(str(error) if known else f"the server can not be used: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _owned(lock: SteadyLock) -> bool:
+    """Whether this thread has it. As `threading.Condition` asks."""
+    return bool(cast("Any", lock)._is_owned())
+
+
+def _start_thread(run: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    try:
+        without_context(thread.start)
+    except RuntimeError as error:  # the process has as many as it may have
+        raise BackendError(f"{name}: {error}") from error
+    return thread
+
+
 def _check_url(url: str) -> None:
     try:
         cast("Any", redis.ConnectionPool).from_url(url)  # it connects to nothing yet
@@ -1097,12 +1231,15 @@ def _check_url(url: str) -> None:
 
 
 def _check_seconds(name: str, value: object, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise BackendError(f"{name} must be a number of seconds, at least {least}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= _DAY:
+        raise BackendError(
+            f"{name} must be a number of seconds from {least} to {_DAY}, a day, not {value!r}"
+        )
 
 
 def _after_fork_in_child() -> None:
     for backend in list(_backends):
+        backend._leave_client()
         backend._restart()
 
 
