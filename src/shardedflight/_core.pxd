@@ -992,7 +992,7 @@ cdef inline object peek(dict d, object key):
 cdef class Execution:
     cdef public object seat, leader, predecessor, end, value, failure
     cdef public dict waiters
-    cdef public bint joinable, passed_over, attended, abroad, inherited, announced, shared
+    cdef public bint joinable, passed_over, attended, abroad, inherited, announced, linked, shared
     cdef public int64_t serial
 
 cdef class Shard:
