@@ -258,7 +258,7 @@ def test_who_waited_for_an_execution_gets_nothing_of_what_it_said_when_told(way:
         leader = Exchange(middleware)
         await eventually_async(lambda: app.runs == 1)
         followers = [Exchange(middleware) for _ in range(2)]
-        await eventually_async(lambda: app.runs == 2)
+        await eventually_async(lambda: app.runs >= 2)
         if way == "leaves":
             leader.leave()
         else:
@@ -330,7 +330,8 @@ def test_a_replacement_that_has_failed_is_replaced() -> None:
     for count in (1, 2, 3):
         followers.append(ask(f"follower {count}"))
         eventually(lambda: middleware.flight.stats().waiting == len(followers) or len(runs) > 1)
-    eventually(lambda: len(runs) >= 4, "the last follower has replaced the third run")
+    # The last follower replaces the third run, unless one has met the second before it failed.
+    eventually(lambda: len(runs) >= 4 or sum(f.done() for f in followers) >= 2)
     third.set()
     first.set()
     assert leader.result(PATIENCE) == b"fine"

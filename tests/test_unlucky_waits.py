@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -151,6 +151,21 @@ def loops() -> Iterator[list[asyncio.AbstractEventLoop]]:
         loop.close()
 
 
+def follow_on(
+    loops: Sequence[asyncio.AbstractEventLoop],
+    flight: ShardedFlight,
+    own: Callable[[], Coroutine[Any, Any, Any]],
+) -> "list[Future[Any]]":
+    """A coroutine on each loop follows x, in this order; then y blocks the first loop's thread."""
+    heirs: list[Future[Any]] = []
+    for count, loop in enumerate(loops, 1):
+        heirs.append(asyncio.run_coroutine_threadsafe(flight.do_async(own, "x"), loop))
+        waiting(flight, count)
+    loops[0].call_soon_threadsafe(flight.do, never, "y")
+    waiting(flight, len(loops) + 1)
+    return heirs
+
+
 def asked(monkeypatch: pytest.MonkeyPatch, then: dict[int, Callable[[], None]]) -> list[bool]:
     """What `held_up` has answered; `then` is done before its so-manieth answer is used."""
     answers: list[bool] = []
@@ -176,12 +191,7 @@ def test_who_is_exchanged_is_asked_again(
     async def own() -> str:
         return "a coroutine's"
 
-    heirs = []
-    for count, loop in enumerate(loops, 1):
-        heirs.append(asyncio.run_coroutine_threadsafe(flight.do_async(own, "x"), loop))
-        waiting(flight, count)
-    loops[0].call_soon_threadsafe(flight.do, never, "y")
-    waiting(flight, 3)
+    heirs = follow_on(loops, flight, own)
     blocking: Future[Any] = Future()
 
     def block() -> None:
@@ -216,12 +226,7 @@ def test_who_leaves_while_it_is_exchanged_has_left(
     async def own() -> None:
         await end.wait()
 
-    heirs = []
-    for count, loop in enumerate(loops, 1):
-        heirs.append(asyncio.run_coroutine_threadsafe(flight.do_async(own, "x"), loop))
-        waiting(flight, count)
-    loops[0].call_soon_threadsafe(flight.do, never, "y")
-    waiting(flight, 3)
+    heirs = follow_on(loops, flight, own)
     chosen, exchanged = threading.Event(), threading.Event()
     real = ShardedFlight._leave
 

@@ -241,6 +241,7 @@ class ShardedFlight(Core):
     ) -> tuple[T, bool]:
         sleeper = Sleeper()
         record: Execution | None = None
+        led = seat
         promoted = False
         waits: tuple[Execution, ...] = ()
         deadline = None if timeout is None or self._tier is None else _after(timeout)
@@ -269,8 +270,8 @@ class ShardedFlight(Core):
                     record.seat.leave(sleeper, departure_from(record, promoted))
                 if not promoted:
                     return record.outcome()
-                shard.adopt(record.seat, sleeper, sleeper.thread)
-            led = seat if record is None else record.seat
+                led = record.seat
+                shard.adopt(led, sleeper, sleeper.thread)
             return self._lead(shard, h, led, sleeper.thread, fn, deadline)
         except BaseException:
             try:
@@ -280,9 +281,7 @@ class ShardedFlight(Core):
                 raise
             raise
         finally:
-            # The traceback holds this frame: see Failure.
-            led = seat
-            del record, sleeper, seat, waits, led
+            del record, sleeper, seat, waits, led  # the traceback holds this frame: see Failure
 
     def _stop_following(
         self,

@@ -256,14 +256,8 @@ class Rounds:
         with self._lock:
             self._unlink(round_)
             round_.verdict = verdict
-            if round_.closed:
-                pass
-            elif isinstance(verdict, Shared):
-                self._learn(request.key, None, tuple(field for field, _ in verdict.variant))
-            else:
-                self._unshareable[verdict] += 1
-                if verdict is not Refusal.BROKEN:  # that was no answer
-                    self._learn(request.key, verdict, ())
+            if not round_.closed:
+                self._learn_from(request.key, verdict)
             bell = round_.bell
         if bell is not None:
             bell()
@@ -278,6 +272,14 @@ class Rounds:
             bell()
 
     # -- what is learned --------------------------------------------------------------------------
+
+    def _learn_from(self, key: Hashable, verdict: Verdict) -> None:
+        if isinstance(verdict, Shared):
+            self._learn(key, None, tuple(field for field, _ in verdict.variant))
+            return
+        self._unshareable[verdict] += 1
+        if verdict is not Refusal.BROKEN:  # that was no answer
+            self._learn(key, verdict, ())
 
     def _learn(self, key: Hashable, refusal: Refusal | None, fields: tuple[str, ...]) -> None:
         self._learned.pop(key, None)
