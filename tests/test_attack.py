@@ -239,39 +239,3 @@ def test_a_flight_is_collected_with_an_execution_that_will_never_run() -> None:
     del flight, future
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
-
-
-@pytest.mark.xfail(
-    reason="what an event loop inside of a function waits for is not seen: docs/semantics.md, 7",
-    strict=True,
-)
-def test_a_cycle_through_event_loops_that_two_functions_run_is_an_error() -> None:
-    """Section 7: "any cycle of keys across threads and tasks"; here two threads, two loops."""
-    code = """
-        import asyncio, os, threading
-        flight = ShardedFlight()
-        both = threading.Barrier(2)
-        told = threading.Event()
-
-        async def ask(key):
-            return await flight.do_async(never, key)
-
-        async def never():
-            raise AssertionError
-
-        def function(other):
-            both.wait(10)
-            return asyncio.run(ask(other))
-
-        def call(mine, other):
-            try:
-                flight.do(lambda: function(other), mine)
-            except DeadlockError:
-                told.set()
-
-        for keys in (("a", "b"), ("b", "a")):
-            threading.Thread(target=call, args=keys, daemon=True).start()
-        print("told" if told.wait(5) else "hung", flush=True)
-        os._exit(0)
-    """
-    assert run(code) == "told\n"

@@ -9,10 +9,14 @@ of CPython's import locks (`importlib._bootstrap._ModuleLock.has_deadlock`), wit
   (`gather`, `TaskGroup`, `wait`, `wait_for`, `shield`), and what they wait for. Who awaits a future
   is read from the future's callbacks, upwards, from the task that waits to that of the run.
 - It needs the thread of its event loop, too: who blocks that thread is on the chain.
+- A function on a thread may run an event loop of its own, as by `asyncio.run`. It needs the root
+  task of that loop as a run needs its task.
 
 Whatever a run's function starts inherits its context. So `current_run` tells all other coroutines
 that no chain can lead back to them and that there is nothing to look for; and a run's own waits are
-entered in the run.
+entered in the run. A thread that leads writes down nothing of the kind. So the first wait in each
+run of a loop looks what its thread leads by then, below the loop; what `roots` has for the loop
+stands for the run that those coroutines are in.
 
 **Waits of children.** A child may begin to wait for a key long before its parent awaits it. Then
 that await closes the cycle, and it is asyncio's own, which tells nobody. So as long as children of
@@ -23,14 +27,15 @@ small part of the time at the most, and its one timer goes when no child waits a
 
 import asyncio
 import os
+import sys
 import types
 from asyncio import current_task
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from functools import partial
 from threading import get_ident
 from time import thread_time
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from ._core import (
     Core,
@@ -44,24 +49,56 @@ from ._core import (
 )
 from ._lock import SteadyLock
 from ._threads import current_frames
-from ._waiting import LoopRun, Sleeper, loop_of
+from ._waiting import LoopRun, Sleeper, future_makers, loop_of
 from .exceptions import DeadlockError, shown
 
 __all__ = [
+    "begin_loop",
     "begin_run",
     "begin_wait",
     "check_wait",
     "closes_cycle",
     "current_run",
     "end_await",
+    "end_closed_loops",
     "end_wait",
     "held_up",
     "leading_code",
     "pause",
+    "roots",
 ]
 
 #: The innermost run in whose function this code runs, or whose function has started it.
 current_run: ContextVar[LoopRun | None] = ContextVar("shardedflight.current_run", default=None)
+
+
+class Root(LoopRun):
+    """What functions that run on this thread await by running an event loop: its root task."""
+
+    __slots__ = ("seats",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, task: Any, seats: dict[int, Seat]) -> None:
+        super().__init__(loop)
+        self.task = task
+        #: What the thread has led when the loop began, by the seats' ids.
+        self.seats = seats
+
+    def end(self, _task: object = None) -> None:
+        """The root task has ended: what runs the loop next is another one."""
+        self.task = None
+        roots.pop(id(self.loop), None)
+        future_makers.pop(id(self.loop), None)
+
+
+#: By the ids of the loops: those that run below a leader's function. Usually there is none.
+roots: dict[int, Root] = {}
+
+#: The functions that run a loop's root task, and the local variable that has it. The second is for
+#: loops of C, whose own functions have no frames.
+_ROOT_IN: dict[types.CodeType, str] = {
+    asyncio.BaseEventLoop.run_until_complete.__code__: "future",
+    asyncio.Runner.run.__code__: "task",
+}
 
 #: The functions of ours below which a leader's function runs on its caller's stack. Each has the
 #: local variables `seat`, `shard` and `h`, or `items` that have them. Compiled ones have no frame.
@@ -88,7 +125,7 @@ def closes_cycle(executions: Iterable[Any]) -> bool:
 
     It runs inside of a run's function, or on an event loop that a function runs on this thread.
     """
-    if current_run.get() is not None:
+    if roots or current_run.get() is not None:
         return True
     thread = get_ident()
     return any(_thread_of(execution.leader) == thread for execution in executions)
@@ -99,6 +136,54 @@ def begin_run(run: LoopRun) -> None:
     if run.task is None:  # the first step runs before its maker has the task
         run.task = current_task(run.loop)
     current_run.set(run)
+
+
+def begin_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """A coroutine is about to wait, the first in this run of `loop`, on its thread."""
+    task = _root_task()
+    if task is None:
+        return
+    thread = get_ident()
+    root = Root(
+        loop,
+        task,
+        {
+            id(seat): seat
+            for flight in all_flights()
+            for shard, _, seat in flight._executions()
+            if _thread_of(shard.leader(seat)) == thread
+        },
+    )
+    if root.seats:
+        roots[id(loop)] = root
+    # Also if there are none: the next run of the loop may be below a leader's function.
+    task.add_done_callback(root.end, context=Context())
+
+
+def _root_task() -> "asyncio.Future[Any] | None":
+    """What the loop that runs on this thread runs until it is done, if it is known."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        name = _ROOT_IN.get(frame.f_code)
+        if name is not None:
+            return cast("asyncio.Future[Any] | None", frame.f_locals.get(name))
+        frame = frame.f_back
+    return None
+
+
+def end_closed_loops() -> None:
+    """An event loop was closed: if its root task has not ended, it never will."""
+    for root in list(roots.copy().values()):
+        if root.loop.is_closed():
+            root.end()
+
+
+def _run_here(loop: asyncio.AbstractEventLoop) -> LoopRun | None:
+    """The run that this coroutine of `loop` is in."""
+    run = current_run.get()
+    if roots and (run is None or run.loop is not loop):
+        run = roots.get(id(loop), run)
+    return run
 
 
 def begin_wait(
@@ -159,12 +244,12 @@ def _enter(
                 leader = executions[0].leader
                 if loop_of(leader) is None:
                     thread = _thread_of(leader)
-                    if thread != me and _waited_for(thread) is None:
+                    if not roots and thread != me and _waited_for(thread) is None:
                         return None
         else:
             task = current_task()
         with _lock:
-            run = None if future is None else current_run.get()
+            run = None if future is None else _run_here(future.get_loop())
             if run is not None and run.task is not None:
                 if run.watch is None:
                     run.watch = Watch()
@@ -329,7 +414,7 @@ def check_wait(
     """
     task = None if blocking else current_task()
     with _lock:
-        run = None if blocking else current_run.get()
+        run = None if task is None else _run_here(task.get_loop())
         cycle = _find_cycle(executions, task, run, set(), first)
     if cycle is not None:
         shard.count_deadlock()
@@ -388,7 +473,7 @@ def end_wait(executions: Sequence[Any]) -> None:
 
 def end_await(future: "asyncio.Future[Any]") -> None:
     """This task waits no more by awaiting `future`."""
-    run = current_run.get()
+    run = _run_here(future.get_loop())
     if run is not None and run.watch is not None:
         run.watch.leave(run, future)
 
@@ -444,49 +529,79 @@ def _path_back(
         leader = executions[0].leader
         if loop_of(leader) is None:
             leader = _thread_of(leader)
-            if leader != thread and _waited_for(leader) is None:
+            if not roots and leader != thread and _waited_for(leader) is None:
                 return None
-    #: Executions, and leaders: all that one leads needs the same.
+    found: list[Execution] | None = None
+    #: Executions, and who needs what whichever of them it is: threads, roots and runs.
     seen: set[Any] = set(first)
+
+    def new(place: Any) -> bool:
+        if place in seen or place in harmless:
+            return False
+        seen.add(place)
+        return True
+
     # Depth first, without recursion: each entry is an execution and the chain before it.
     stack: list[tuple[Execution, tuple[Any, ...]]] = [(e, ()) for e in executions]
     while stack:
         execution, before = stack.pop()
-        if execution in seen or execution in harmless:
+        if not new(execution):
             continue
-        seen.add(execution)
         chain = (execution, before)
-        leader = execution.leader
-        leading_thread = _thread_of(leader)
-        if leading_thread is not None:
-            if leading_thread == thread:  # its function is on this stack, maybe below an event loop
+        closes, needed = _look_at(execution, thread, task, run, new)
+        if closes:
+            if not needed:
                 return _unchained(chain)
-            if leading_thread in seen or leading_thread in harmless:
-                continue
-            seen.add(leading_thread)
-            needed: Iterable[Execution] = _waited_for(leading_thread) or ()
-        elif isinstance(leader, LoopRun) and not leader.loop.is_closed():
-            loop_thread = leader.needed_thread()
-            if task is None and loop_thread == thread:
-                return _unchained(chain)
-            if leader is run and _awaits(leader, task):
-                return _unchained(chain)
-            if leader in seen or leader in harmless:
-                continue
-            seen.add(leader)
-            needed = [*(_waited_for(loop_thread) or ()), *_waits(leader)]
-        else:
-            # It is about to begin, or to be replaced: it waits for nothing but its event loop.
-            loop = loop_of(leader)
-            blocked = None if loop is None else _thread_running(loop)
-            if blocked is None:
-                continue
-            if task is None and blocked == thread:
-                return _unchained(chain)
-            needed = _waited_for(blocked) or ()
+            found = found or _unchained(chain)
         stack += [(e, chain) for e in needed]
-    harmless |= seen
-    return None
+    if found is None:
+        harmless |= seen
+    return found
+
+
+def _look_at(
+    execution: Execution,
+    thread: int,
+    task: "asyncio.Task[Any] | None",
+    run: LoopRun | None,
+    new: Callable[[Any], bool],
+) -> tuple[bool, Sequence[Execution]]:
+    """Whether the caller holds up `execution`; and what else, that is `new`, is to be looked at."""
+    leader = execution.leader
+    leading_thread = _thread_of(leader)
+    if leading_thread is not None:
+        # The caller's: its function is on this stack, maybe below an event loop. If that has the
+        # run that the caller is in, on to it: the keys in between are to be named.
+        closes = leading_thread == thread
+        complete = closes and (run is None or isinstance(run, Root))
+        return closes, () if complete else _needed_on(leading_thread, execution, new)
+    if isinstance(leader, LoopRun) and not leader.loop.is_closed():
+        loop_thread = leader.needed_thread()
+        if (task is None and loop_thread == thread) or (leader is run and _awaits(leader, task)):
+            return True, ()
+        if not new(leader):
+            return False, ()
+        return False, [*(_waited_for(loop_thread) or ()), *_waits(leader)]
+    # It is about to begin, or to be replaced: it waits for nothing but its event loop.
+    loop = loop_of(leader)
+    blocked = None if loop is None else _thread_running(loop)
+    if blocked is None:
+        return False, ()
+    if task is None and blocked == thread:
+        return True, ()
+    return False, _waited_for(blocked) or ()
+
+
+def _needed_on(
+    thread: int, execution: Execution, new: Callable[[Any], bool]
+) -> Sequence[Execution]:
+    """What a function that runs on `thread` waits for, as far as that is `new` to the search."""
+    needed = list(_waited_for(thread) or ()) if new(thread) else []
+    for root in list(roots.copy().values()):
+        # What the thread leads further in, by calls on the loop, does not wait for the loop.
+        if root.thread == thread and id(execution.seat) in root.seats and new(root):
+            needed += _waits(root)
+    return needed
 
 
 def _thread_of(leader: Any) -> int | None:

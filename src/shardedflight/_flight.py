@@ -37,15 +37,18 @@ from ._core import (
     settle_late,
 )
 from ._deadlock import (
+    begin_loop,
     begin_run,
     begin_wait,
     closes_cycle,
     current_run,
     end_await,
+    end_closed_loops,
     end_wait,
     held_up,
     leading_code,
     pause,
+    roots,
 )
 from ._future import FlightFuture
 from ._lock import ForkHold, SteadyLock
@@ -390,9 +393,13 @@ class ShardedFlight(Core):
                 assert waiter is not None
                 if self._was_watched and isinstance(record.seat, WatchedSeat):
                     record.seat.join(waiter)
-                if current_run.get() is not None or (
-                    # Nothing else can be this thread's; asked here, for the call would cost more.
-                    type(record.leader) is not LoopRun and closes_cycle((record,))
+                if (
+                    roots
+                    or current_run.get() is not None
+                    or (
+                        # Else it can not be this thread's; asked here, for the call costs more.
+                        type(record.leader) is not LoopRun and closes_cycle((record,))
+                    )
                 ):
                     begin_wait(
                         shard, (record,), waiter, partial(self._leave, shard, record, waiter)
@@ -416,7 +423,7 @@ class ShardedFlight(Core):
             self._start(run, self._run(run, shard, h, seat, fn))
             if not run.done:
                 bell = run.bell = (future_makers.get(id(loop)) or self._watch(loop))()
-                if current_run.get() is not None:
+                if roots or current_run.get() is not None:
                     begin_wait(shard, shard.running_as(h, seat), bell)
                     try:
                         await bell
@@ -825,7 +832,11 @@ class ShardedFlight(Core):
                 self._conclude(shard, h, seat, leader, End.LOST)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> "Callable[[], asyncio.Future[Any]]":
-        return watch_loop(loop, _loop_closed)
+        maker = future_makers.get(id(loop))
+        if maker is None:
+            begin_loop(loop)
+            maker = watch_loop(loop, _loop_closed)
+        return maker
 
     def _on_a_thread(self, function: Callable[..., None], *args: Any) -> None:
         try:
@@ -890,6 +901,7 @@ def _after(seconds: float) -> float:
 
 
 def _loop_closed() -> None:
+    end_closed_loops()
     for flight in all_flights():
         flight._loop_closed()
 

@@ -320,9 +320,12 @@ def loop_of(leader: Any) -> asyncio.AbstractEventLoop | None:
     return None
 
 
-#: What makes a future of each loop that is watched, by the loop's id, which is taken out when it is
-#: closed or dropped.
+#: What makes a future of each loop in whose present run a coroutine has waited, by the loop's id.
+#: Taken out when the loop's root task has ended, if that is known; when it is closed; and dropped.
 future_makers: "dict[int, Callable[[], asyncio.Future[Any]]]" = {}
+
+#: The ids of the loops that have a canary.
+_watched: set[int] = set()
 
 
 def watch_loop(
@@ -342,7 +345,9 @@ def watch_loop(
         # The class finds the running loop by itself, in less time than the loop's method takes.
         plain = type(loop).create_future is asyncio.BaseEventLoop.create_future
         maker = future_makers[id(loop)] = asyncio.Future if plain else _make_future
-        _Canary(id(loop), closed).sit(loop)
+        if id(loop) not in _watched:
+            _watched.add(id(loop))
+            _Canary(id(loop), closed).sit(loop)
     return maker
 
 
@@ -363,6 +368,7 @@ class _Canary:
         loop.call_later(86_400.0, self.sit, loop, context=Context())
 
     def __del__(self) -> None:
+        _watched.discard(self._loop_id)
         future_makers.pop(self._loop_id, None)
         try:
             start_new_thread(self._closed, ())
