@@ -157,10 +157,9 @@ def test_a_signal_handler_may_call_a_flight_amid_the_pages_own_work() -> None:
     """The page's lock is held by the very thread whose call the page is then told of."""
     flight = ShardedFlight(name="prices")
     page = FlightsPage(flight)
-    (watcher,) = page._watchers.values()
 
     def interrupted() -> Any:
-        with watcher._lock, page._flights._lock:
+        with page._flights.lock:
             return flight.do(lambda: "value", "k")
 
     assert spawn(interrupted).result(PATIENCE) == ("value", False)

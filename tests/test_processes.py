@@ -165,6 +165,67 @@ def test_the_child_has_nothing_in_flight(leading: str, shards: int) -> None:
 
 
 @need_fork
+def test_the_page_of_a_child_shows_nothing_of_its_parents_threads() -> None:
+    """What the page is told of would never end in the child."""
+    page_of = pytest.importorskip("shardedflight.observe.page")
+    flight = ShardedFlight(name="prices")
+    page = page_of.FlightsPage(flight)
+    gate = threading.Event()
+    leader = spawn(flight.do, lambda: eventually(gate.is_set), "k")
+    eventually(lambda: flight.in_flight() == 1)
+    follower = spawn(flight.do, int, "k")
+    eventually(lambda: flight.stats().waiting == 1)
+
+    def executions() -> list[Any]:
+        (shown,) = page.data()["flights"]
+        return list(shown["executions"])
+
+    def child() -> None:
+        assert executions() == []
+        seen: list[int] = []
+        flight.do(lambda: seen.append(len(executions())), "own")
+        assert seen == [1]
+        assert executions() == []
+
+    in_child(child)
+    assert [each["followers"] for each in executions()] == [1]
+    gate.set()
+    leader.result(PATIENCE)
+    follower.result(PATIENCE)
+    assert executions() == []
+
+
+@need_fork
+def test_metrics_of_a_child_that_was_forked_amid_a_change_of_flights() -> None:
+    """Another thread was adding a flight: its lock would be held in the child for good."""
+    prometheus_client = pytest.importorskip("prometheus_client")
+    from shardedflight.observe.prometheus import FlightMetrics
+
+    flight = ShardedFlight(name="prices")
+    registry = prometheus_client.CollectorRegistry()
+    metrics = FlightMetrics(flight, registry=registry)
+    held, gate = threading.Event(), threading.Event()
+
+    def change() -> None:
+        with metrics._flights.lock:
+            held.set()
+            gate.wait(PATIENCE)
+
+    changing = spawn(change)
+    assert held.wait(PATIENCE)
+
+    def child() -> None:
+        flight.do(int, "k")
+        calls = {"flight": "prices", "role": "leader"}
+        assert registry.get_sample_value("shardedflight_calls_total", calls) == 1
+        metrics.remove(flight)
+
+    in_child(child)
+    gate.set()
+    changing.result(PATIENCE)
+
+
+@need_fork
 def test_the_child_has_no_forgotten_or_colliding_execution() -> None:
     """Section 9, sentence 1: "nothing in flight" that hides from newcomers, either."""
     flight = ShardedFlight(4)

@@ -1,13 +1,39 @@
 """The flights that an adapter watches: by name, and only as long as they live."""
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 from shardedflight import ShardedFlight
 from shardedflight.observe import Observer
 
-__all__ = ["Flights"]
+__all__ = ["Flights", "renew_in_forked_child"]
+
+
+class Renewed(Protocol):
+    """What starts anew in a forked child."""
+
+    def renew(self) -> None:
+        """In the child: no thread of the parent's is there, and a lock that one held stays held."""
+
+
+_renewed: "weakref.WeakSet[Renewed]" = weakref.WeakSet()
+
+
+def renew_in_forked_child(renewed: Renewed) -> None:
+    """Has `renewed` start anew in every child that is forked as long as it lives."""
+    _renewed.add(renewed)
+
+
+def _after_fork_in_child() -> None:
+    for renewed in list(_renewed):
+        renewed.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Flights:
@@ -18,10 +44,17 @@ class Flights:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a destructor may come here amid any of these
+        self.renew()
+        renew_in_forked_child(self)
         #: Changed under the lock.
         self._entries: dict[str, tuple[weakref.ref[ShardedFlight], Observer]] = {}
         self._gone: list[str] = []
+
+    def renew(self) -> None:
+        """In a forked child."""
+        #: Held while a flight comes or goes, with what the adapter has of it: a new one may have
+        #: the name of one that is gone. A destructor may come here amid that.
+        self.lock = threading.RLock()
 
     def add(
         self, flight: ShardedFlight, name: str | None, observer_of: Callable[[str], Observer]
@@ -45,7 +78,7 @@ class Flights:
             raise TypeError(f"name must be a str, not {name!r}")
         if not name:
             raise ValueError(f"the flight needs a name, its own or the one given here: {flight!r}")
-        with self._lock:
+        with self.lock:
             self._drop_gone()
             for known, (reference, _) in self._entries.items():
                 if reference() is flight:
@@ -65,7 +98,7 @@ class Flights:
         Raises:
             ValueError: It was not watched.
         """
-        with self._lock:
+        with self.lock:
             found = [name for name, (known, _) in self._entries.items() if known() is flight]
             if not found:
                 raise ValueError(f"the flight is not watched: {flight!r}")
@@ -76,13 +109,13 @@ class Flights:
 
     def alive(self) -> list[tuple[str, ShardedFlight]]:
         """All flights that are watched, with their names."""
-        with self._lock:
+        with self.lock:
             found = [(name, reference()) for name, (reference, _) in self._entries.items()]
         return [(name, flight) for name, flight in found if flight is not None]
 
     def take_gone(self) -> list[str]:
         """The names of those that are gone; each once."""
-        with self._lock:
+        with self.lock:
             self._drop_gone()
             gone, self._gone = self._gone, []
             return [name for name in gone if name not in self._entries]

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from time import monotonic
@@ -20,7 +20,7 @@ from urllib.parse import quote
 from shardedflight import ShardedFlight
 from shardedflight.observe import Ended, Joined, Left, ObservedExecution, Observer, Started
 
-from ._flights import Flights
+from ._flights import Flights, renew_in_forked_child
 
 __all__ = ["FlightsPage"]
 
@@ -83,9 +83,8 @@ class FlightsPage:
         self._key_length = key_length
         self._limit = limit
         self._flights = Flights()
-        #: By the names of their flights. Changed under the lock, with the flights.
+        #: By the names of their flights. Changed under the lock of the flights.
         self._watchers: dict[str, _Watcher] = {}
-        self._lock = threading.RLock()
         try:
             for flight in flights:
                 self.add(flight)
@@ -109,7 +108,7 @@ class FlightsPage:
             made = self._watchers[name] = _Watcher()
             return made
 
-        with self._lock:
+        with self._flights.lock:
             self._flights.add(flight, name, watcher)
 
     def remove(self, flight: ShardedFlight) -> None:
@@ -118,7 +117,7 @@ class FlightsPage:
         Raises:
             ValueError: It was not shown.
         """
-        with self._lock:
+        with self._flights.lock:
             self._watchers.pop(self._flights.remove(flight), None)
 
     def close(self) -> None:
@@ -160,7 +159,7 @@ class FlightsPage:
 
     def data(self) -> dict[str, Any]:
         """What the page shows, as it is sent: made of dicts, lists, strings and numbers."""
-        with self._lock:
+        with self._flights.lock:
             for name in self._flights.take_gone():
                 self._watchers.pop(name, None)
         return {"flights": [self._data_of(name, flight) for name, flight in self._flights.alive()]}
@@ -208,35 +207,32 @@ class _Watcher(Observer):
     """What runs now in one flight."""
 
     def __init__(self) -> None:
-        # Reentrant: a signal handler may call the flight amid one of these.
-        self._lock = threading.RLock()
-        #: Changed under the lock. How many followers each has.
+        self.renew()
+        renew_in_forked_child(self)
+
+    def renew(self) -> None:
+        """In a forked child nothing runs that its parent's threads have begun."""
+        # No lock: each event is one step on one of these. A signal handler may call the flight
+        # amid any of them, and so may another thread.
         self._running: dict[ObservedExecution, Started] = {}
-        self._followers: dict[ObservedExecution, int] = {}
+        self._following: dict[Joined, None] = {}
 
     def execution_started(self, event: Started, /) -> None:
-        with self._lock:
-            self._running[event.execution] = event
+        self._running[event.execution] = event
 
     def execution_ended(self, event: Ended, /) -> None:
-        with self._lock:
-            self._running.pop(event.execution, None)
+        self._running.pop(event.execution, None)
 
     def follower_joined(self, event: Joined, /) -> None:
-        with self._lock:
-            self._followers[event.execution] = self._followers.get(event.execution, 0) + 1
+        self._following[event] = None
 
     def follower_left(self, event: Left, /) -> None:
-        with self._lock:
-            rest = self._followers.pop(event.execution) - 1
-            if rest:
-                self._followers[event.execution] = rest
+        self._following.pop(event.joined, None)
 
     def running(self) -> list[tuple[Started, int]]:
         """Executions whose function runs, each with its followers, the oldest first."""
-        with self._lock:
-            found = [
-                (started, self._followers.get(execution, 0))
-                for execution, started in self._running.items()
-            ]
+        followers = Counter(joined.execution for joined in self._following.copy())
+        found = [
+            (started, followers[execution]) for execution, started in self._running.copy().items()
+        ]
         return sorted(found, key=lambda pair: pair[0].time)

@@ -10,7 +10,6 @@ happens, by observing. Nobody tells an observer of what is forgotten or refused 
 of an execution that is abandoned before it began: there those are missing.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +80,6 @@ class FlightMetrics(Collector):
         if not isinstance(registry, CollectorRegistry):
             raise TypeError(f"registry must be a CollectorRegistry, not {registry!r}")
         self._flights = Flights()
-        #: Held while a flight comes or goes: a new one may have the name of one that is dropped.
-        self._lock = threading.RLock()
         # As prometheus_client has chosen when it was imported.
         self._many_processes: bool = values.ValueClass._multiprocess
         target = registry if self._many_processes else None
@@ -120,7 +117,7 @@ class FlightMetrics(Collector):
             TypeError: `flight` is no flight, or the name no str.
             ValueError: It has no name, or is watched already, or another one of that name is.
         """
-        with self._lock:
+        with self._flights.lock:
             self._drop_gone()
             self._flights.add(flight, name, self._observer_of)
 
@@ -130,7 +127,7 @@ class FlightMetrics(Collector):
         Raises:
             ValueError: It was not watched.
         """
-        with self._lock:
+        with self._flights.lock:
             self._drop(self._flights.remove(flight))
 
     def _observer_of(self, name: str) -> Observer:
@@ -140,7 +137,7 @@ class FlightMetrics(Collector):
         return _Timing(execution, wait)
 
     def _drop_gone(self) -> None:
-        with self._lock:
+        with self._flights.lock:
             for name in self._flights.take_gone():
                 self._drop(name)
 
