@@ -281,11 +281,13 @@ def test_what_is_led_by_a_call_on_the_loop_does_not_need_the_loop() -> None:
         eventually(waiting(flight, 2))
         return "z"
 
-    async def main() -> Any:
-        child = asyncio.create_task(flight.do_async(never_async, "b"))
+    async def block() -> Any:
         await eventually_async(waiting(flight, 1))
-        flight.do(z, "z")
-        return (await child)[0]
+        return flight.do(z, "z")[0]
+
+    async def main() -> Any:
+        asked_for, _ = await asyncio.gather(flight.do_async(never_async, "b"), block())
+        return asked_for[0]
 
     def b() -> Any:
         asked.wait(PATIENCE)

@@ -294,6 +294,24 @@ PLANTS = (
         },
     ),
     Plant(
+        "forgets the loops",  # a thread that waits asks only whether the leader's thread does
+        "inner_loop",
+        deadlock,
+        "_enter",
+        {
+            "if not roots and thread != me": "if thread != me",
+        },
+    ),
+    Plant(
+        "takes inner for outer",  # what is led by a call on the loop seems to need the loop
+        "inner_busy",
+        deadlock,
+        "_needed_on",
+        {
+            " and id(execution.seat) in root.seats": "",
+        },
+    ),
+    Plant(
         "joins the dying",
         "loop_abandoned",
         core.Shard,

@@ -182,5 +182,6 @@ def renew(scheduler: Scheduler) -> None:
     deadlock._lock = Lock()  # type: ignore[assignment]
     for blocked in deadlock._blocked:
         blocked.clear()
+    deadlock.roots.clear()
     core.late.clear()
     core._flights.clear()  # of flights that only the garbage collector can free

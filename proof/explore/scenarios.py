@@ -448,6 +448,60 @@ async def _blocking(w: World, key: Any) -> None:
     w.do(key)
 
 
+@scenario("_enter", "begin_loop", "end_await", "do_async")
+def inner_loops(w: World) -> None:
+    """Two functions that run event loops, whose coroutines want each other's key.
+
+    With switches only where loops are first used, and where waits begin and end.
+    """
+    w.deadlocks = (1, 1)
+    for mine, other in ((1, 2), (2, 1)):
+        w.thread(lambda mine=mine, other=other: w.do(mine, inside=lambda: _inner(w, other)))
+
+
+def _inner(w: World, key: Any) -> None:
+    w.begun(2)
+    w.run(lambda: w.do_async(key))
+
+
+@scenario("_enter", "begin_loop", "end_await", "end_wait", "_follow")
+def inner_loop(w: World) -> None:
+    """A function that runs an event loop, and one that waits itself, for each other's key."""
+    w.deadlocks = (1, 1)
+    w.thread(lambda: w.do(1, inside=lambda: _inner(w, 2)))
+    w.thread(lambda: w.do(2, inside=lambda: (w.begun(2), w.do(1))))
+
+
+@scenario("_enter", "begin_loop", "look", "end_await", "_follow")
+def inner_child(w: World) -> None:
+    """`inner_loop`, but a child of the root task waits, and is awaited after a while."""
+    w.deadlocks = (1, 1)
+
+    async def root() -> None:
+        child = asyncio.ensure_future(w.do_async(2))
+        await _nap()
+        await asyncio.wait([child])
+
+    w.thread(lambda: w.do(1, inside=lambda: (w.begun(2), w.run(root))))
+    w.thread(lambda: w.do(2, inside=lambda: (w.begun(2), w.do(1))))
+
+
+@scenario("_enter", "begin_loop", "end_await", "end_wait", "_follow")
+def inner_busy(w: World) -> None:
+    """A coroutine blocks a function's loop by leading 3; who waits for that is in no cycle."""
+    w.deadlocks = (0, 0)
+
+    async def block() -> None:
+        await _nap()
+        w.do(3, inside=lambda: w.waiting(2))
+
+    async def root() -> None:
+        await asyncio.gather(w.do_async(2), block())
+
+    w.thread(lambda: w.do(1, inside=lambda: (w.begun(2), w.run(root))))
+    w.thread(lambda: w.do(2, inside=lambda: (w.begun(key=3), w.do(3))))
+
+
 def _cancelled(w: World, first: Callable[[], object] = lambda: None, closes: bool = False) -> None:
     """A loop with a caller, and a thread that cancels it. Then it goes on, or it is closed."""
     made: list[Any] = []

@@ -134,15 +134,16 @@ class World:
         async def main() -> None:
             await asyncio.gather(*[main() for main in mains], return_exceptions=True)
 
-        def body() -> None:
-            loop = Loop()
-            loop.set_exception_handler(lambda *_: None)  # tasks that are pending when it is closed
-            try:
-                loop.run_until_complete(main())
-            finally:
-                loop.close()
+        return self.scheduler.start(lambda: self.run(main), name)
 
-        return self.scheduler.start(body, name)
+    def run(self, main: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """The actor runs an event loop until this coroutine is through."""
+        loop = Loop()
+        loop.set_exception_handler(lambda *_: None)  # tasks that are pending when it is closed
+        try:
+            loop.run_until_complete(main())
+        finally:
+            loop.close()
 
     def until(self, condition: Callable[[], bool]) -> None:
         """The actor waits until that is true."""
