@@ -253,8 +253,8 @@ PLANTS = (
                 "            blocked[me] = executions if outer is None"
                 " else _Nested(executions, outer)\n"
             ): "",
-            "is None:\n                        return": (
-                "is None:\n                        blocked[me] = executions\n"
+            "_roots_of(thread):\n                        return": (
+                "_roots_of(thread):\n                        blocked[me] = executions\n"
                 "                        return"
             ),
             "        with _lock:\n": (
@@ -299,7 +299,7 @@ PLANTS = (
         deadlock,
         "_enter",
         {
-            "if not roots and thread != me": "if thread != me",
+            " and not _roots_of(thread)": "",
         },
     ),
     Plant(
@@ -308,7 +308,7 @@ PLANTS = (
         deadlock,
         "_needed_on",
         {
-            " and id(execution.seat) in root.seats": "",
+            "id(execution.seat) in root.seats and ": "",
         },
     ),
     Plant(

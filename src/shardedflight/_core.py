@@ -1219,7 +1219,8 @@ class Core:
             if shard is not None:
                 if not COMPILED:
                     running[index] = len(shard.table)
-                running[index] += sum([len(group) for group in list(shard.overflow.values())])
+                if shard.overflow:
+                    running[index] += sum([len(group) for group in list(shard.overflow.values())])
         return tuple(running)
 
     def _orphan(self) -> None:

@@ -90,7 +90,8 @@ class Root(LoopRun):
         future_makers.pop(id(self.loop), None)
 
 
-#: By the ids of the loops: those that run below a leader's function. Usually there is none.
+#: By the ids of the loops: those that run below a leader's function. Coroutines of others, that are
+#: in no run, nobody needs. Usually there is none.
 roots: dict[int, Root] = {}
 
 #: The functions that run a loop's root task, and the local variable that has it. The second is for
@@ -125,7 +126,7 @@ def closes_cycle(executions: Iterable[Any]) -> bool:
 
     It runs inside of a run's function, or on an event loop that a function runs on this thread.
     """
-    if roots or current_run.get() is not None:
+    if current_run.get() is not None or (roots and id(asyncio.get_running_loop()) in roots):
         return True
     thread = get_ident()
     return any(_thread_of(execution.leader) == thread for execution in executions)
@@ -244,7 +245,7 @@ def _enter(
                 leader = executions[0].leader
                 if loop_of(leader) is None:
                     thread = _thread_of(leader)
-                    if not roots and thread != me and _waited_for(thread) is None:
+                    if thread != me and _waited_for(thread) is None and not _roots_of(thread):
                         return None
         else:
             task = current_task()
@@ -529,7 +530,7 @@ def _path_back(
         leader = executions[0].leader
         if loop_of(leader) is None:
             leader = _thread_of(leader)
-            if not roots and leader != thread and _waited_for(leader) is None:
+            if leader != thread and _waited_for(leader) is None and not _roots_of(leader):
                 return None
     found: list[Execution] | None = None
     #: Executions, and who needs what whichever of them it is: threads, roots and runs.
@@ -597,11 +598,16 @@ def _needed_on(
 ) -> Sequence[Execution]:
     """What a function that runs on `thread` waits for, as far as that is `new` to the search."""
     needed = list(_waited_for(thread) or ()) if new(thread) else []
-    for root in list(roots.copy().values()):
+    for root in _roots_of(thread):
         # What the thread leads further in, by calls on the loop, does not wait for the loop.
-        if root.thread == thread and id(execution.seat) in root.seats and new(root):
+        if id(execution.seat) in root.seats and new(root):
             needed += _waits(root)
     return needed
+
+
+def _roots_of(thread: int | None) -> list[Root]:
+    """What functions on `thread` await by running event loops; one, if loops are not nested."""
+    return [root for root in roots.copy().values() if root.thread == thread] if roots else []
 
 
 def _thread_of(leader: Any) -> int | None:

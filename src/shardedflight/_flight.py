@@ -394,12 +394,10 @@ class ShardedFlight(Core):
                 if self._was_watched and isinstance(record.seat, WatchedSeat):
                     record.seat.join(waiter)
                 if (
-                    roots
-                    or current_run.get() is not None
-                    or (
-                        # Else it can not be this thread's; asked here, for the call costs more.
-                        type(record.leader) is not LoopRun and closes_cycle((record,))
-                    )
+                    current_run.get() is not None
+                    or (roots and id(loop) in roots)
+                    # Else it can not be this thread's; asked here, for the call costs more.
+                    or (type(record.leader) is not LoopRun and closes_cycle((record,)))
                 ):
                     begin_wait(
                         shard, (record,), waiter, partial(self._leave, shard, record, waiter)
@@ -423,7 +421,7 @@ class ShardedFlight(Core):
             self._start(run, self._run(run, shard, h, seat, fn))
             if not run.done:
                 bell = run.bell = (future_makers.get(id(loop)) or self._watch(loop))()
-                if roots or current_run.get() is not None:
+                if current_run.get() is not None or (roots and id(loop) in roots):
                     begin_wait(shard, shard.running_as(h, seat), bell)
                     try:
                         await bell
