@@ -49,59 +49,63 @@ def names(outcome: "Future[Any]") -> set[Any]:
     return set(error.keys)
 
 
+class Crossing:
+    """A child of `main`, on a loop of a's function, waits for b; then b's function waits for a."""
+
+    def __init__(self, main: Callable[["Crossing"], Coroutine[Any, Any, Any]]) -> None:
+        self.flight = ShardedFlight()
+        self._other_waits = threading.Event()
+        self.b = spawn(self.flight.do, self._other, "b")
+        eventually(lambda: self.flight.in_flight() == 1)
+        self.a = led(self.flight, "a", lambda: main(self))
+
+    def _other(self) -> Any:
+        self._other_waits.wait(PATIENCE)
+        return self.flight.do(never, "a")[0]
+
+    async def child(self) -> "asyncio.Task[Any]":
+        """The child, once the wait of b's function has begun or the child has been told."""
+        child = asyncio.create_task(self.flight.do_async(never_async, "b"))
+        await eventually_async(waiting(self.flight, 1))
+        self._other_waits.set()
+        await eventually_async(lambda: self.flight.stats().waiting == 2 or child.done())
+        return child
+
+
 def test_a_child_that_the_root_task_awaits_later() -> None:
     """What closes the cycle is an await of asyncio's own: the child is told all the same."""
-    flight = ShardedFlight()
-    other_waits = threading.Event()
 
-    async def main() -> Any:
-        child = asyncio.create_task(flight.do_async(never_async, "b"))
-        await eventually_async(waiting(flight, 1))
-        other_waits.set()
-        await eventually_async(lambda: flight.stats().waiting == 2 or child.done())
+    async def main(crossing: Crossing) -> Any:
+        child = await crossing.child()
         try:
             return await child
         except DeadlockError as error:
             return error.keys
 
-    def other() -> Any:
-        other_waits.wait(PATIENCE)
-        return flight.do(never, "a")[0]
-
-    b = spawn(flight.do, other, "b")
-    eventually(lambda: flight.in_flight() == 1)
-    a = led(flight, "a", main)
-    keys, shared = a.result(PATIENCE)
+    crossing = Crossing(main)
+    keys, shared = crossing.a.result(PATIENCE)
     assert set(keys) == {"a", "b"}
     if shared:
-        assert b.result(PATIENCE)[0] == keys
+        assert crossing.b.result(PATIENCE)[0] == keys
     else:  # the other one was told, for the await had come before its wait
-        assert names(b) == {"a", "b"}
-    assert flight.stats().deadlocks == 1
+        assert names(crossing.b) == {"a", "b"}
+    assert crossing.flight.stats().deadlocks == 1
 
 
 def test_a_child_that_nobody_awaits_holds_up_nobody() -> None:
-    """Who waits for the function is not refused: the function does not need the child."""
-    flight = ShardedFlight()
-    other_waits = threading.Event()
+    """Who waits for the function is not refused: the child is, which could never be served."""
 
-    async def main() -> str:
-        child = asyncio.create_task(flight.do_async(never_async, "b"))
-        await eventually_async(waiting(flight, 1))
-        other_waits.set()
-        await eventually_async(lambda: flight.stats().waiting == 2 or child.done())
-        await asyncio.wait([child], timeout=0.01)
-        return "value"
+    async def main(crossing: Crossing) -> Any:
+        child = await crossing.child()
+        await eventually_async(child.done)
+        error = child.exception()
+        assert isinstance(error, DeadlockError)
+        return set(error.keys)
 
-    def other() -> Any:
-        other_waits.wait(PATIENCE)
-        return flight.do(never, "a")[0]
-
-    b = spawn(flight.do, other, "b")
-    eventually(lambda: flight.in_flight() == 1)
-    a = led(flight, "a", main)
-    assert a.result(PATIENCE) == ("value", True)
-    assert b.result(PATIENCE)[0] == "value"
+    crossing = Crossing(main)
+    assert crossing.a.result(PATIENCE) == ({"a", "b"}, True)
+    assert crossing.b.result(PATIENCE)[0] == {"a", "b"}
+    assert crossing.flight.stats().deadlocks == 1
 
 
 @pytest.mark.parametrize("last", ["thread", "loop"])
@@ -134,7 +138,6 @@ def test_what_the_loop_waits_for_is_led_by_a_run_on_it(last: str) -> None:
 def test_what_the_loop_waits_for_follows_a_run_on_it() -> None:
     """The root task follows c, which waits for b: the wait of b's function for a is refused."""
     flight = ShardedFlight()
-    b_asks = threading.Event()
 
     async def c() -> Any:
         return (await flight.do_async(never_async, "b"))[0]
@@ -142,14 +145,12 @@ def test_what_the_loop_waits_for_follows_a_run_on_it() -> None:
     async def main() -> Any:
         leader = asyncio.create_task(flight.do_async(c, "c"))
         await eventually_async(waiting(flight, 1))
-        asyncio.get_running_loop().call_later(0.001, b_asks.set)
         try:
             return (await flight.do_async(never_async, "c"))[0]
         finally:
             await asyncio.wait([leader])
 
     def b() -> Any:
-        b_asks.wait(PATIENCE)
         eventually(waiting(flight, 2))
         return flight.do(never, "a")[0]
 
@@ -226,12 +227,10 @@ def test_a_loop_of_uvloop() -> None:
 def test_who_took_over_runs_a_loop() -> None:
     """A follower leads after the leader was lost: its function's loop is seen as well."""
     flight = ShardedFlight()
-    lost = threading.Event()
     both = threading.Barrier(2)
 
     def loses() -> Any:
         eventually(waiting(flight, 1))
-        lost.set()
         raise KeyboardInterrupt
 
     async def ask(key: str) -> Any:

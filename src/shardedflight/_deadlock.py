@@ -126,7 +126,7 @@ def closes_cycle(executions: Iterable[Any]) -> bool:
 
     It runs inside of a run's function, or on an event loop that a function runs on this thread.
     """
-    if current_run.get() is not None or (roots and id(asyncio.get_running_loop()) in roots):
+    if _run_here(asyncio.get_running_loop()) is not None:
         return True
     thread = get_ident()
     return any(_thread_of(execution.leader) == thread for execution in executions)

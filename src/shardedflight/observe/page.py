@@ -20,7 +20,8 @@ from urllib.parse import quote
 from shardedflight import ShardedFlight
 from shardedflight.observe import Ended, Joined, Left, ObservedExecution, Observer, Started
 
-from ._flights import Flights, renew_in_forked_child
+from ._flights import Flights
+from ._forks import renew_in_forked_child
 
 __all__ = ["FlightsPage"]
 
